@@ -1,0 +1,72 @@
+"""vlmoe: upcycle a pretrained dense LLM and a pretrained ViT into a sparse Mixture-of-Experts vision-language model.
+
+`import modeling_vlmoe` registers the architecture with transformers' Auto classes. The `vlmoe` command alone registers later, when
+it first needs a class, so that its help does not wait for torch.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "MoEConfig": "configuration_vlmoe",
+    "VLMoEConfig": "configuration_vlmoe",
+    "VLMoEForConditionalGeneration": "modeling_vlmoe",
+    "VLMoEForSequenceClassification": "modeling_vlmoe",
+    "VLMoEModel": "modeling_vlmoe",
+    "VLMoEPreTrainedModel": "modeling_vlmoe",
+    "VLMoEProcessor": "processing_vlmoe",
+}
+__all__ = ["__version__", "register", *_HOMES]
+
+if TYPE_CHECKING:
+    from .configuration_vlmoe import MoEConfig, VLMoEConfig
+    from .modeling_vlmoe import (
+        VLMoEForConditionalGeneration,
+        VLMoEForSequenceClassification,
+        VLMoEModel,
+        VLMoEPreTrainedModel,
+    )
+    from .processing_vlmoe import VLMoEProcessor
+
+_is_registered = False
+
+
+def register() -> None:
+    """Registers configuration, models and processor with the Auto classes, and their code for saving; once."""
+    global _is_registered
+    if _is_registered:
+        return
+    _is_registered = True
+    import transformers
+
+    from .configuration_vlmoe import AUTO_MAP, VLMoEConfig
+    from .processing_vlmoe import VLMoEProcessor
+
+    transformers.AutoConfig.register(VLMoEConfig.model_type, VLMoEConfig)
+    VLMoEConfig.register_for_auto_class()
+    for auto_name, reference in AUTO_MAP.items():
+        if auto_name == "AutoConfig":
+            continue
+        module, _, name = reference.rpartition(".")
+        model_class = getattr(import_module(f".{module}", __name__), name)
+        getattr(transformers, auto_name).register(VLMoEConfig, model_class)
+        # One auto class per class is all the host writes; the configuration's own auto_map names the others.
+        if model_class._auto_class is None:
+            model_class.register_for_auto_class(auto_name)
+    transformers.AutoProcessor.register(VLMoEConfig, VLMoEProcessor)
+    VLMoEProcessor.register_for_auto_class()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    register()
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+if Path(sys.argv[0] if sys.argv else "").stem != "vlmoe":
+    register()

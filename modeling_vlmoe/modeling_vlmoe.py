@@ -1,0 +1,540 @@
+"""The vision-language model: a ViT, a connector and an LLM in LLaVA's form, each dense or with sparse experts.
+
+`VLMoEForConditionalGeneration.model` is a `VLMoEModel` with `vision_tower`, `connector` and `language_model`; `lm_head` is
+outside, and what the dense LLM does to its head's logits is repeated after it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import select_hidden_states
+
+from .configuration_vlmoe import VLMoEConfig, sparse_fields
+from .connector import VLMoEConnector
+from .router_losses import RouterContext, follow_loss, weighted_mean
+from .towers import (
+    apply_head_maths,
+    context_kwargs,
+    has_class_token,
+    init_sparse_weights,
+    make_sparse,
+    mark_initialized,
+    register_recorders,
+    tower_layers,
+)
+
+
+@dataclass
+class VLMoEModelOutputWithPast(BaseModelOutputWithPast):
+    """Outputs of [`VLMoEModel`].
+
+    Attributes:
+        image_hidden_states: the connector's output, (images x tokens, text width).
+        router_logits: of the LLM's sparse layers, each (batch x sequence, experts), float32, detached.
+        vision_router_logits: of the ViT's sparse layers, each (images x tokens, experts).
+        connector_router_logits: of the connector, one (images x tokens, experts).
+        router_losses: in training, per sparse part the layers' balance and z losses, (layers, 2), detached.
+        aux_loss: in training, the parts' losses weighted by their coefficients, a detached scalar. Their gradient is attached
+            inside the sparse blocks, so `loss` does not hold it and nothing is to be added to it.
+    """
+
+    image_hidden_states: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    vision_router_logits: tuple[Tensor, ...] | None = None
+    connector_router_logits: tuple[Tensor, ...] | None = None
+    router_losses: dict[str, Tensor] | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class VLMoECausalLMOutputWithPast(ModelOutput):
+    """Outputs of [`VLMoEForConditionalGeneration`]: those of [`VLMoEModelOutputWithPast`], with
+
+    Attributes:
+        loss: the task loss, a scalar, where `labels` are given.
+        logits: (batch, kept positions, vocabulary).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    vision_router_logits: tuple[Tensor, ...] | None = None
+    connector_router_logits: tuple[Tensor, ...] | None = None
+    router_losses: dict[str, Tensor] | None = None
+    aux_loss: Tensor | None = None
+
+
+class VLMoEPreTrainedModel(PreTrainedModel):
+    """What all heads share."""
+
+    config: VLMoEConfig
+    config_class = VLMoEConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["router.weight"]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the host would search this file for the experts' decorator
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_sparse_weights(module, self.config.initializer_range)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register_recorders(self)
+
+
+def _build_tower(config: Any, moe: Any) -> PreTrainedModel:
+    """A tower from its configuration, sparse where the part has experts."""
+    requested = config._experts_implementation
+    if moe is not None:
+        # The dense class would refuse a request for a kernel; it is granted to the sparse class.
+        config._experts_implementation_internal = None
+    tower = AutoModel.from_config(config)
+    return tower if moe is None else make_sparse(tower, moe, requested)
+
+
+class VLMoEModel(VLMoEPreTrainedModel):
+    """ViT, connector and LLM, without a language modelling head.
+
+    Args:
+        config: the configuration; `vision_feature_select_strategy` is resolved in it where it was None.
+    """
+
+    def __init__(self, config: VLMoEConfig):
+        config.check_experts()
+        super().__init__(config)
+        self.vision_tower = _build_tower(config.vision_config, config.vision_moe)
+        self.connector = VLMoEConnector(config)
+        self.language_model = _build_tower(config.text_config, config.text_moe)
+        if config.vision_feature_select_strategy is None:
+            config.vision_feature_select_strategy = "default" if has_class_token(self.vision_tower) else "full"
+        self._write_text_width()
+        self.post_init()
+
+    def _write_text_width(self) -> None:
+        """The resolved expert width of the LLM, where other tools look for it."""
+        if (moe := self.config.text_moe) is not None:
+            _, layers = tower_layers(self.language_model)
+            layer = layers[moe.layers[0]]
+            moe.moe_intermediate_size = getattr(layer, layer.sparse_attribute).experts.intermediate_size
+
+    def init_parallel_plans(self) -> None:
+        """As the host does, with the vision tower's layers wrapped one by one (the host's default names `layers.*` only)."""
+        super().init_parallel_plans()
+        path, _ = tower_layers(self.vision_tower)
+        for name in ("embed_tokens", "layers.*", "norm"):
+            self._fsdp_plan.pop(f"vision_tower.{name}", None)
+            self._fsdp_plan.pop(name, None)
+        self._fsdp_plan[f"vision_tower.{path}.*"] = "free_full_weight"
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    @select_hidden_states("vision_feature_layer")
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        router_context: RouterContext | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encodes images into embeddings of the LLM.
+
+        Args:
+            pixel_values: (images, channels, height, width).
+            vision_feature_layer: which hidden state of the ViT is read; the configuration's where None.
+            vision_feature_select_strategy: "default" drops the class token, "full" keeps all.
+            router_context: the context of the sparse layers in training.
+
+        Returns:
+            The ViT's outputs, with `pooler_output` a list of one (tokens, text width) tensor per image, and
+            `router_logits`, `connector_router_logits`, `router_losses`, `connector_router_losses` where they arise.
+        """
+        is_sparse = self.config.vision_moe is not None
+        outputs = self.vision_tower(
+            pixel_values.to(self.vision_tower.dtype),
+            return_dict=True,
+            **(context_kwargs(router_context) if is_sparse else {}),
+            **kwargs,
+        )
+        layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+        features = [outputs.hidden_states[layer] for layer in layers]
+        if vision_feature_select_strategy == "default":
+            features = [feature[:, 1:] for feature in features]
+        features = features[0] if len(features) == 1 else torch.cat(features, dim=-1)
+        embeddings, logits, losses = self.connector(features, router_context)
+        outputs.pooler_output = list(embeddings)
+        if logits is not None:
+            outputs["connector_router_logits"] = (logits,)
+        if losses is not None:
+            outputs["connector_router_losses"] = (losses,)
+        return outputs
+
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+        """Where the image tokens are, (batch, sequence, 1), checked against the number of image features.
+
+        Raises:
+            ValueError: if the counts differ.
+        """
+        if input_ids is None:
+            token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        num_tokens, num_features = mask.sum(), image_features.shape[0]
+        torch_compilable_check(
+            num_tokens == num_features,
+            lambda: (
+                f"The text holds {num_tokens} image tokens (id {self.config.image_token_id}), but the images give "
+                f"{num_features} features. Use the model's own processor, give each image one placeholder, and do not "
+                "truncate the prompt inside image tokens."
+            ),
+        )
+        return mask.unsqueeze(-1)
+
+    def _router_context(self, attention_mask: Tensor | None, share: Tensor | None) -> RouterContext | None:
+        """The context of this forward pass: in training, where the model has experts."""
+        has_experts = any(self.config.moe(part) is not None for part in ("text", "vision", "connector"))
+        if not (self.training and has_experts and torch.is_grad_enabled()):
+            return None
+        context = RouterContext(loss_scale=torch.ones((), device=self.device))
+        if share is not None:
+            context.share = share
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            context.token_mask = attention_mask.bool()
+        return context
+
+    def _gather_losses(self, image: Any, text: Any) -> tuple[dict[str, Tensor] | None, Tensor | None]:
+        """The parts' losses, (layers, 2) each, and their weighted sum."""
+        found = {
+            "text": text.get("router_losses"),
+            "vision": image and image.get("router_losses"),
+            "connector": image and image.get("connector_router_losses"),
+        }
+        losses = {part: torch.stack(layers) for part, layers in found.items() if layers}
+        if not losses:
+            return None, None
+        device = text.last_hidden_state.device
+        return losses, sum(weighted_mean(value.to(device), self.config.moe(part)) for part, value in losses.items())
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        output_router_logits: bool | None = None,
+        router_context: RouterContext | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VLMoEModelOutputWithPast:
+        """Runs images and text.
+
+        Args:
+            input_ids: (batch, sequence), with one image token per image feature.
+            pixel_values: (images of the whole batch in reading order, channels, height, width).
+            attention_mask: (batch, sequence), 1 for real tokens.
+            inputs_embeds: (batch, sequence, text width), in the place of `input_ids`.
+            mm_token_type_ids: (batch, sequence), 1 at image tokens; accepted because processors return it.
+            mm_encoder_outputs: images encoded beforehand, `{"image": ...}`, as `generate` does.
+            output_router_logits: whether to return the router logits; the configuration's where None.
+            router_context: handed in by a head that watches its loss; made here otherwise.
+
+        Raises:
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if images come twice, or if the number of
+                image tokens is not that of image features.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if pixel_values is not None and mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
+            raise ValueError("Images came twice, as pixel_values and as mm_encoder_outputs; give one of them.")
+        if output_router_logits is None:
+            output_router_logits = bool(getattr(self.config.text_config, "output_router_logits", False))
+        if router_context is None:
+            router_context = self._router_context(attention_mask, None)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        image = (mm_encoder_outputs or {}).get("image")
+        image_features = None
+        if image is None and pixel_values is not None:
+            image_context = router_context and RouterContext(
+                share=router_context.share, loss_scale=router_context.loss_scale
+            )
+            image = self.get_image_features(
+                pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                router_context=image_context,
+                output_router_logits=output_router_logits,
+                return_dict=True,
+            )
+        if image is not None:
+            image_features = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+
+        if self.config.text_moe is not None:
+            kwargs |= context_kwargs(router_context) | {"output_router_logits": output_router_logits}
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        router_losses, aux_loss = self._gather_losses(image, outputs)
+        image_logits = image if output_router_logits and image is not None else {}
+        return VLMoEModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_hidden_states=image_features,
+            router_logits=outputs.get("router_logits") if output_router_logits else None,
+            vision_router_logits=image_logits.get("router_logits"),
+            connector_router_logits=image_logits.get("connector_router_logits"),
+            router_losses=router_losses,
+            aux_loss=aux_loss,
+        )
+
+
+def _micro_batch_share(labels: Tensor | None, num_items_in_batch: Any) -> Tensor | None:
+    """This micro-batch's share of the optimizer step, by target tokens, where the trainer says how many the step has."""
+    if labels is None or num_items_in_batch is None:
+        return None
+    total = torch.as_tensor(num_items_in_batch, device=labels.device).sum().clamp(min=1)
+    return (labels != -100).sum().float() / total
+
+
+class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
+    """The vision-language model with its language modelling head.
+
+    Args:
+        config: the configuration.
+    """
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: VLMoEConfig):
+        super().__init__(config)
+        self.model = VLMoEModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_model_name_or_path: str,
+        text_model_name_or_path: str,
+        *,
+        text_moe: Any = None,
+        vision_moe: Any = None,
+        connector_moe: Any = None,
+        image_token_id: int | None = None,
+        experts_implementation: str | None = None,
+        **kwargs: Any,
+    ) -> "VLMoEForConditionalGeneration":
+        """Upcycles two dense parents in memory: experts are copies of the dense MLPs, connector and routers are new.
+
+        Args:
+            vision_model_name_or_path: folder or Hub id of a ViT, also of a whole CLIP or SigLIP.
+            text_model_name_or_path: folder or Hub id of a dense LLM.
+            text_moe: the LLM's experts, a `MoEConfig` or a dict of its fields; None keeps it dense. The same for `vision_moe`
+                and `connector_moe`.
+            image_token_id: the placeholder's id; it may be set later, once the processor is known.
+            experts_implementation: the kernel.
+            **kwargs: given to both parents' `from_pretrained` (dtype, device_map, revision, ...).
+
+        Raises:
+            ValueError: if a part cannot carry the experts asked for.
+        """
+        text = AutoModelForCausalLM.from_pretrained(text_model_name_or_path, **kwargs)
+        vision = AutoModel.from_pretrained(vision_model_name_or_path, **kwargs)
+        vision = getattr(vision, "vision_model", vision)
+        if declared := sparse_fields(text.config):
+            raise ValueError(
+                f"{text_model_name_or_path} is a {text.config.model_type}, which is sparse already (it declares "
+                f"{', '.join(declared)}); upcycling starts from a dense LLM."
+            )
+        config = VLMoEConfig(
+            text_config=text.config.to_dict(),
+            vision_config=vision.config.to_dict(),
+            text_moe=text_moe,
+            vision_moe=vision_moe,
+            connector_moe=connector_moe,
+            image_token_id=image_token_id,
+        )
+        config.dtype = text.dtype
+        with torch.device("meta"):
+            model = cls(config)
+        model._adopt_parents(text, vision, experts_implementation)
+        return model.eval()
+
+    def _adopt_parents(
+        self, text: PreTrainedModel, vision: PreTrainedModel, experts_implementation: str | None
+    ) -> None:
+        """Puts the parents' own modules in the place of this model's, made sparse, with a new connector."""
+        config, body = self.config, self.model
+        for name, tower, moe, sub_config in (
+            ("language_model", text.base_model, config.text_moe, config.text_config),
+            ("vision_tower", vision, config.vision_moe, config.vision_config),
+        ):
+            sub_config._attn_implementation = tower.config._attn_implementation
+            for module in tower.modules():
+                if getattr(module, "config", None) is tower.config:
+                    module.config = sub_config
+            if moe is not None:
+                make_sparse(tower, moe, experts_implementation, copy=True)
+            setattr(body, name, tower)
+        self.lm_head = text.get_output_embeddings()
+        mark_initialized(self.lm_head)
+        body.connector = VLMoEConnector(config).to(text.dtype).to(text.device)
+        self.post_init()
+        body.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """As [`VLMoEModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> VLMoECausalLMOutputWithPast:
+        """Runs images and text, and the head.
+
+        Args:
+            labels: (batch, sequence), -100 where there is no target.
+            logits_to_keep: how many of the last positions get logits (0: all), or their indices.
+
+        The other arguments are those of [`VLMoEModel.forward`].
+        """
+        context = self.model._router_context(
+            attention_mask, _micro_batch_share(labels, kwargs.get("num_items_in_batch"))
+        )
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            mm_encoder_outputs=mm_encoder_outputs,
+            output_router_logits=output_router_logits,
+            router_context=context,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = apply_head_maths(self.config.text_config, self.lm_head(outputs.last_hidden_state[:, kept, :]))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+            loss = follow_loss(loss, context)
+        fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return VLMoECausalLMOutputWithPast(loss=loss, logits=logits, **fields)
+
+
+class VLMoEForSequenceClassification(GenericForSequenceClassification, VLMoEPreTrainedModel):
+    """The vision-language model with a linear head on the last token, for image and text classification.
+
+    Args:
+        config: the configuration; `num_labels` classes.
+    """
+
+    def __init__(self, config: VLMoEConfig):
+        # Not through AutoModel, which does not know this class in remote code.
+        VLMoEPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = VLMoEModel(config)
+        self.score = nn.Linear(config.text_config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ):
+        """Classifies each sample; `labels` is (batch,). The other arguments are those of [`VLMoEModel.forward`]."""
+        context = self.model._router_context(attention_mask, None)
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            pixel_values=pixel_values,
+            mm_token_type_ids=mm_token_type_ids,
+            router_context=context,
+            return_dict=True,
+            **kwargs,
+        )
+        if outputs.loss is not None:
+            outputs.loss = follow_loss(outputs.loss, context)
+        return outputs
+
+
+__all__ = ["VLMoEForConditionalGeneration", "VLMoEForSequenceClassification", "VLMoEModel", "VLMoEPreTrainedModel"]

@@ -1,0 +1,141 @@
+"""The router's auxiliary losses, and how they reach the router under any trainer.
+
+A trainer may never look at the loss that `forward` returns (TRL rebuilds it from the base model's outputs), so the losses are
+attached where they arise: an identity on the routing weights whose backward adds the losses' gradient. The gradient is scaled
+by what the trainer does to the task loss (fp16's scaler, a division by accumulation steps), which `follow_loss` observes when
+the task loss itself passes through the model.
+
+Definition (MATHS 4), per sparse layer, micro-batch and process, padding left out: T real tokens, E experts, K chosen per token,
+p = softmax(router logits), F_i = assignments to expert i / (T K), P_i = mean of p_i:
+
+    balance = E sum_i F_i P_i                 (Switch Transformers, 2101.03961, eq. 4; 1 when routing is uniform)
+    z       = mean of logsumexp(logits)^2     (ST-MoE, 2202.08906, eq. 5)
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _one() -> Tensor:
+    return torch.ones((), dtype=torch.float32)
+
+
+@dataclass
+class RouterContext:
+    """What a router needs beyond the token, handed down to each sparse layer for one forward pass.
+
+    Attributes:
+        token_mask: (batch, sequence), true for real tokens; None where all are real.
+        share: this micro-batch's share of the optimizer step, a scalar; losses are averaged over micro-batches by it.
+        loss_scale: what backward multiplied the task loss by, a scalar that `follow_loss` fills in during backward.
+    """
+
+    token_mask: Tensor | None = None
+    share: Tensor = field(default_factory=_one)
+    loss_scale: Tensor = field(default_factory=_one)
+
+
+def balance_loss(probability_TE: Tensor, expert_TK: Tensor, mask_T: Tensor) -> Tensor:
+    """The load-balancing loss of one layer.
+
+    Args:
+        probability_TE: router probabilities, (tokens, experts).
+        expert_TK: chosen experts, (tokens, top-k).
+        mask_T: 1.0 for real tokens, 0.0 for padding, (tokens,).
+
+    Returns:
+        A scalar; 1 when routing is uniform. Its gradient flows through the probabilities only.
+    """
+    num_experts, num_picked = probability_TE.shape[-1], expert_TK.shape[-1]
+    num_tokens = mask_T.sum().clamp(min=1.0)
+    assigned_E = torch.zeros(num_experts, dtype=mask_T.dtype, device=mask_T.device)
+    assigned_E = assigned_E.scatter_add(0, expert_TK.reshape(-1), mask_T[:, None].expand(-1, num_picked).reshape(-1))
+    mean_probability_E = (probability_TE * mask_T[:, None]).sum(0) / num_tokens
+    return num_experts * (assigned_E / (num_tokens * num_picked) * mean_probability_E).sum()
+
+
+def z_loss(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
+    """The router z-loss of one layer: the mean squared logsumexp of the real tokens' logits, (tokens, experts)."""
+    return (logits_TE.logsumexp(-1).square() * mask_T).sum() / mask_T.sum().clamp(min=1.0)
+
+
+class _Attach(torch.autograd.Function):
+    """The identity on `weights`; its backward gives `loss` the gradient that the task loss has."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, loss: Tensor, loss_scale: Tensor) -> Tensor:
+        ctx.loss_scale = loss_scale  # not saved as a tensor: it is written during backward, before it is read here
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradient, ctx.loss_scale.to(device=gradient.device, dtype=torch.float32).clone(), None
+
+
+class _FollowLoss(torch.autograd.Function):
+    """The identity on the task loss; its backward notes what the trainer multiplied the loss by."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, loss_scale: Tensor) -> Tensor:
+        ctx.loss_scale = loss_scale
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.loss_scale.copy_(gradient.detach())
+        return gradient, None
+
+
+def follow_loss(loss: Tensor, context: RouterContext | None) -> Tensor:
+    """The task loss, watched: the attached losses are scaled in backward as the trainer scales this one."""
+    return loss if context is None else _FollowLoss.apply(loss, context.loss_scale)
+
+
+class RouterLosses(nn.Module):
+    """Computes one layer's losses and attaches them; a module of its own so that the host's output recorder finds it.
+
+    Args:
+        moe: the part's `MoEConfig`; its coefficients are read at every call, since trainers write them.
+        num_layers: sparse layers of the part; the part's loss is the mean over them.
+    """
+
+    def __init__(self, moe: Any, num_layers: int):
+        super().__init__()
+        self.moe = moe
+        self.num_layers = num_layers
+
+    def forward(
+        self, logits_TE: Tensor, weight_TK: Tensor, expert_TK: Tensor, context: RouterContext | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Attaches the losses, where there is a context, that is in training.
+
+        Args:
+            logits_TE: router logits, float32, (tokens, experts).
+            weight_TK: routing weights, (tokens, top-k).
+            expert_TK: chosen experts, (tokens, top-k).
+            context: the forward pass' context; its mask covers the same tokens.
+
+        Returns:
+            What is reported, the detached logits, so that a trainer's own auxiliary term carries no second gradient; the weights,
+            unchanged in value; and the detached (balance, z) losses, (2,), or None.
+        """
+        if context is None:
+            return logits_TE.detach(), weight_TK, None
+        mask_T = logits_TE.new_ones(logits_TE.shape[0])
+        if context.token_mask is not None:
+            mask_T = context.token_mask.reshape(-1).to(mask_T)
+        balance = balance_loss(logits_TE.softmax(-1), expert_TK, mask_T)
+        z = z_loss(logits_TE, mask_T)
+        weighted = self.moe.router_aux_loss_coef * balance + self.moe.router_z_loss_coef * z
+        share = context.share.to(weighted.device)
+        weight_TK = _Attach.apply(weight_TK, weighted * share / self.num_layers, context.loss_scale)
+        return logits_TE.detach(), weight_TK, torch.stack([balance, z]).detach()
+
+
+def weighted_mean(losses: Tensor, moe: Any) -> Tensor:
+    """A part's loss from its layers' (layers, 2) balance and z values: the mean over layers, by the part's coefficients."""
+    coefficients = losses.new_tensor([moe.router_aux_loss_coef, moe.router_z_loss_coef])
+    return (losses.mean(0) * coefficients).sum()

@@ -1,0 +1,191 @@
+"""The sparse Mixture-of-Experts block: a router and a stack of experts in the place of a dense MLP.
+
+Invariant: with `norm_topk_prob` the routing weights of a token sum to one, so experts that are copies of the dense MLP compute
+the dense MLP, whatever the router (Sparse Upcycling, 2212.05055; MATHS 1).
+
+Shapes: T tokens, D model width, O output width (D but for the connector), F expert width, E experts, K experts per token.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+
+from .mlp_layouts import MLPLayout, find_activation, find_layout, is_biased
+from .router_losses import RouterContext, RouterLosses
+
+
+class Router(nn.Module):
+    """Scores every expert for every token and keeps the best K, in float32 whatever the model's dtype.
+
+    Args:
+        width: D.
+        moe: the part's `MoEConfig`.
+    """
+
+    def __init__(self, width: int, moe: Any):
+        super().__init__()
+        self.moe = moe
+        self.weight = nn.Parameter(torch.empty(moe.num_experts, width))
+
+    def reset_parameters(self) -> None:
+        """Uniform with variance 1 / (3 D): the spread of the logits does not depend on the width (MATHS 3)."""
+        bound = self.weight.shape[1] ** -0.5
+        init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Routes the MLP's input, (tokens, D).
+
+        Returns:
+            The logits (T, E), float32; the weights (T, K), float32; the chosen experts (T, K).
+        """
+        with torch.autocast(device_type=x_TD.device.type, enabled=False):  # bf16 ties would flip the choice
+            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            weight_TK, expert_TK = logits_TE.softmax(-1).topk(self.moe.num_experts_per_tok)
+            if self.moe.norm_topk_prob:
+                weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        return logits_TE, weight_TK, expert_TK
+
+
+@use_experts_implementation
+class Experts(nn.Module):
+    """A dense MLP, E times: `gate_up_proj (E, 2F, D)` or `up_proj (E, F, D)`, `down_proj (E, O, F)`, and `<name>_bias`.
+
+    Args:
+        config: the configuration whose `experts_implementation` chooses the kernel.
+        num_experts: E.
+        dense_mlp: gives layout, widths, biases and activation; its weights are not kept.
+        intermediate_size: F, where it is not the dense MLP's.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, num_experts: int, dense_mlp: nn.Module, intermediate_size: int | None = None
+    ):
+        super().__init__()
+        layout = find_layout(dense_mlp, "the dense MLP")
+        down = getattr(dense_mlp, layout.down)
+        self.num_experts = num_experts
+        self.is_gated, self.is_biased = layout.is_gated, is_biased(dense_mlp, layout)
+        self.act_fn = find_activation(dense_mlp, "the dense MLP")
+        width = getattr(dense_mlp, layout.inputs[0]).in_features
+        self.intermediate_size = intermediate_size or down.in_features
+        num_rows = self.intermediate_size * (2 if self.is_gated else 1)
+        shapes = {layout.input_stack: (num_rows, width), "down_proj": (down.out_features, self.intermediate_size)}
+        if self.is_biased:
+            shapes |= {f"{layout.input_stack}_bias": (num_rows,), "down_proj_bias": (down.out_features,)}
+        for name, shape in shapes.items():
+            tensor = torch.empty(num_experts, *shape, dtype=down.weight.dtype, device=down.weight.device)
+            self.register_parameter(name, nn.Parameter(tensor))
+
+    def reset_parameters(self, std: float) -> None:
+        """Normal weights, zero biases."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("_bias"):
+                init.zeros_(parameter)
+            else:
+                init.normal_(parameter, mean=0.0, std=std)
+
+    @torch.no_grad()
+    def copy_dense(self, dense_mlp: nn.Module, layout: MLPLayout) -> None:
+        """Makes each expert the dense MLP, biases too (MATHS 2, *copy*)."""
+        for name, sources in layout.expert_sources(self.is_biased).items():
+            getattr(self, name).copy_(torch.cat([dense_mlp.get_parameter(source) for source in sources]))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The plain loop over experts: the reference that the host's kernels are compared with.
+
+        Args:
+            hidden_states: (T, D).
+            top_k_index: chosen experts, (T, K).
+            top_k_weights: their weights, (T, K).
+
+        Returns:
+            (T, O).
+        """
+        input_stack = self.gate_up_proj if self.is_gated else self.up_proj
+        input_bias = (self.gate_up_proj_bias if self.is_gated else self.up_proj_bias) if self.is_biased else None
+        out = hidden_states.new_zeros(hidden_states.shape[0], self.down_proj.shape[1])
+        for expert in range(self.num_experts):
+            token, pick = torch.where(top_k_index == expert)
+            h = F.linear(hidden_states[token], input_stack[expert], None if input_bias is None else input_bias[expert])
+            h = self._apply_gate(h) if self.is_gated else self.act_fn(h)
+            h = F.linear(h, self.down_proj[expert], self.down_proj_bias[expert] if self.is_biased else None)
+            out = out.index_add(0, token, (h * top_k_weights[token, pick, None]).to(out.dtype))
+        return out
+
+
+class RectangularExperts(Experts):
+    """Experts whose output is wider or narrower than their input, as in the connector.
+
+    The host's kernels take the output's width from the input, so they are given both widened to the larger with zeros.
+    """
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As `Experts.forward`, by the implementation that the configuration names."""
+        width_in, width_out = hidden_states.shape[-1], self.down_proj.shape[1]
+        if width_in == width_out or self.config._experts_implementation == "eager":
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        kernel = ALL_EXPERTS_FUNCTIONS.get_interface(self.config._experts_implementation, None)
+        width = max(width_in, width_out)
+        stack = "gate_up_proj" if self.is_gated else "up_proj"
+        square = SimpleNamespace(
+            num_experts=self.num_experts,
+            act_fn=self.act_fn,
+            _apply_gate=self._apply_gate,
+            has_gate=self.has_gate,
+            has_bias=self.has_bias,
+            has_post_expert_norm=self.has_post_expert_norm,
+            is_transposed=self.is_transposed,
+            is_concatenated=self.is_concatenated,
+            _is_expert_parallel=self._is_expert_parallel,
+            config=self.config,
+            down_proj=F.pad(self.down_proj, (0, 0, 0, width - width_out)),
+            **{stack: F.pad(getattr(self, stack), (0, width - width_in))},
+        )
+        if self.is_biased:
+            setattr(square, f"{stack}_bias", getattr(self, f"{stack}_bias"))
+            square.down_proj_bias = F.pad(self.down_proj_bias, (0, width - width_out))
+        return kernel(square, F.pad(hidden_states, (0, width - width_in)), top_k_index, top_k_weights)[:, :width_out]
+
+
+class SparseMoE(nn.Module):
+    """`router` + `experts`, in the place of a dense MLP.
+
+    Args:
+        config: the configuration whose `experts_implementation` chooses the kernel.
+        moe: the part's `MoEConfig`.
+        dense_mlp: the MLP whose place it takes; gives layout, widths, biases and activation.
+        num_layers: sparse layers of the part.
+    """
+
+    def __init__(self, config: PreTrainedConfig, moe: Any, dense_mlp: nn.Module, num_layers: int):
+        super().__init__()
+        layout = find_layout(dense_mlp, "the dense MLP")
+        width, out_width = (
+            getattr(dense_mlp, layout.inputs[0]).in_features,
+            getattr(dense_mlp, layout.down).out_features,
+        )
+        experts_class = Experts if width == out_width else RectangularExperts
+        self.experts = experts_class(config, moe.num_experts, dense_mlp, moe.moe_intermediate_size)
+        # The host's decorator sets these two after __init__, per class; here gate and bias differ per instance.
+        self.experts.has_gate, self.experts.has_bias = self.experts.is_gated, self.experts.is_biased
+        self.router = Router(width, moe).to(self.experts.down_proj.device)
+        self.losses = RouterLosses(moe, num_layers)
+        self.context: RouterContext | None = None
+
+    def routed(self, hidden_states: Tensor, context: RouterContext | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Maps (..., D) to (..., O); the detached router logits (T, E) and, in training, the (balance, z) losses come along."""
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits_TE, weight_TK, expert_TK = self.router(x_TD)
+        logits_TE, weight_TK, losses = self.losses(logits_TE, weight_TK, expert_TK, context)
+        out_TO = self.experts(x_TD, expert_TK, weight_TK)
+        return out_TO.reshape(*hidden_states.shape[:-1], -1), logits_TE, losses
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Maps (..., D) to (..., O), as the dense MLP did."""
+        return self.routed(hidden_states, self.context)[0]
