@@ -1,7 +1,7 @@
 """vlmoe: upcycle a pretrained dense LLM and a pretrained ViT into a sparse Mixture-of-Experts vision-language model.
 
-`import modeling_vlmoe` registers the architecture with transformers' Auto classes. The `vlmoe` command alone registers later, when
-it first needs a class, so that its help does not wait for torch.
+`import modeling_vlmoe` registers the architecture with transformers' Auto classes. The `vlmoe` command alone registers
+later, when it first needs a class, so that its help does not wait for torch.
 """
 
 import sys
@@ -20,9 +20,19 @@ _HOMES = {
     "VLMoEPreTrainedModel": "modeling_vlmoe",
     "VLMoEProcessor": "processing_vlmoe",
 }
-__all__ = ["__version__", "register", *_HOMES]
+__all__ = [
+    "MoEConfig",
+    "VLMoEConfig",
+    "VLMoEForConditionalGeneration",
+    "VLMoEForSequenceClassification",
+    "VLMoEModel",
+    "VLMoEPreTrainedModel",
+    "VLMoEProcessor",
+    "__version__",
+    "register",
+]
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what type checkers and editors see; __getattr__ gives the real thing
     from .configuration_vlmoe import MoEConfig, VLMoEConfig
     from .modeling_vlmoe import (
         VLMoEForConditionalGeneration,

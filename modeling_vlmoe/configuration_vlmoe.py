@@ -1,6 +1,7 @@
 """Configuration of a sparse vision-language model: two towers, a connector, and which parts of them carry experts.
 
-Invariant: for the LLM, the names that trainers and servers know (`HOSTED_FIELDS`) live on `text_config` and nowhere else;
+Invariant: for the LLM, the names that trainers and servers know (`HOSTED_FIELDS`) live on `text_config` and nowhere
+    else;
 `config.text_moe` reads and writes them through.
 
     >>> config = VLMoEConfig(text_config=llama_config, vision_config=siglip_config, text_moe={"num_experts": 8})
@@ -51,11 +52,11 @@ class MoEConfig:
     Attributes:
         num_experts: experts per sparse layer; None takes the part's default (LLM 8, ViT and connector 4).
         num_experts_per_tok: experts that each token is sent to (top-k).
-        layers: indices of the sparse layers, counted from 0; None takes the part's default (LLM: all; ViT: of the n layers that
-            feed the selected feature layer, those from max(1, n // 2) on). Not accepted for the connector.
+        layers: indices of the sparse layers, counted from 0; None takes the part's default (LLM: all; ViT: of the n
+            layers that feed the selected feature layer, those from max(1, n // 2) on). Not accepted for the connector.
         moe_intermediate_size: expert width; None takes the dense MLP's.
-        norm_topk_prob: whether the chosen experts' weights are renormalised to sum to one ("renorm" of MATHS: copies of the
-            dense MLP then compute exactly what it computes, whatever the router).
+        norm_topk_prob: whether the chosen experts' weights are renormalised to sum to one ("renorm" of MATHS: copies
+            of the dense MLP then compute exactly what it computes, whatever the router).
         router_type: "softmax", the softmax over a linear layer on the token.
         expert_type: "full", every expert with weights of its own.
         router_aux_loss_coef: weight of the load-balancing loss (Switch Transformers, 2101.03961, eq. 4), per tower.
@@ -85,7 +86,9 @@ class MoEConfig:
 
 
 class HostedMoEConfig:
-    """The LLM's `MoEConfig`, whose `HOSTED_FIELDS` are the text configuration's own attributes, read and written live."""
+    """The LLM's `MoEConfig`, whose `HOSTED_FIELDS` are the text configuration's own attributes, read and written
+    live.
+    """
 
     def __init__(self, root: "VLMoEConfig", own: dict[str, Any]):
         self.__dict__.update(own, _root=root)
@@ -141,11 +144,15 @@ def num_feature_layers(config: "VLMoEConfig") -> int:
 
 
 def _stated_fields(part: str, given: Any) -> dict[str, Any]:
-    """What the user said about a part: a dict as it is, of a `MoEConfig` the fields that differ from their defaults."""
+    """What the user said about a part: a dict as it is, of a `MoEConfig` the fields that differ from their
+    defaults.
+    """
     if isinstance(given, dict):
         return dict(given)
     if not hasattr(given, "to_dict"):
-        raise ValueError(f"{part}_moe is {given!r}; expected a MoEConfig, a dict of its fields, or None for a dense part.")
+        raise ValueError(
+            f"{part}_moe is {given!r}; expected a MoEConfig, a dict of its fields, or None for a dense part."
+        )
     values = given.to_dict()
     return {field.name: values[field.name] for field in fields(MoEConfig) if values[field.name] != field.default}
 
@@ -166,7 +173,8 @@ def _check_counts(part: str, moe: dict[str, Any]) -> None:
         raise ValueError(f"{part}_moe.num_experts is {moe['num_experts']}; expected 1 or more.")
     if not 1 <= moe["num_experts_per_tok"] <= moe["num_experts"]:
         raise ValueError(
-            f"{part}_moe.num_experts_per_tok is {moe['num_experts_per_tok']}, but there are {moe['num_experts']} experts; "
+            f"{part}_moe.num_experts_per_tok is {moe['num_experts_per_tok']}, but there are {moe['num_experts']} "
+            "experts; "
             f"expected 1 to {moe['num_experts']}."
         )
     if moe["moe_intermediate_size"] is not None and moe["moe_intermediate_size"] < 1:
@@ -182,15 +190,19 @@ def _check_layers(part: str, layers: Iterable[int], num_layers: int, num_useful:
     if len(set(chosen)) != len(chosen):
         raise ValueError(f"{part}_moe.layers names a layer twice: {chosen}.")
     if not chosen:
-        raise ValueError(f"{part}_moe.layers is empty; name at least one layer, or give {part}_moe=None for a dense part.")
+        raise ValueError(
+            f"{part}_moe.layers is empty; name at least one layer, or give {part}_moe=None for a dense part."
+        )
     if unknown := [layer for layer in chosen if not 0 <= layer < num_layers]:
         raise ValueError(
-            f"{part}_moe.layers asks for layers {unknown}, but the {part} tower has {num_layers} (0 to {num_layers - 1}). "
+            f"{part}_moe.layers asks for layers {unknown}, but the {part} tower has {num_layers} (0 to "
+            f"{num_layers - 1}). "
             "Layers are counted from 0."
         )
     if beyond := [layer for layer in chosen if layer >= num_useful]:
         raise ValueError(
-            f"{part}_moe.layers asks for layers {beyond}, but the connector reads the output of layer {num_useful - 1} "
+            f"{part}_moe.layers asks for layers {beyond}, but the connector reads the output of layer "
+            f"{num_useful - 1} "
             "(vision_feature_layer): experts beyond it would never get a gradient. "
             f"Choose from 0 to {num_useful - 1}, or select a later feature layer."
         )
@@ -208,10 +220,10 @@ class VLMoEConfig(PreTrainedConfig):
         vision_moe: the same for the ViT.
         connector_moe: the same for the connector.
         image_token_id: the placeholder that an image's features replace.
-        vision_feature_layer: the hidden state of the ViT that the connector reads (-2: the last layer's input); a list is
-            concatenated.
-        vision_feature_select_strategy: "default" leaves the class token out, "full" keeps every token; None takes "default"
-            where the ViT has a class token.
+        vision_feature_layer: the hidden state of the ViT that the connector reads (-2: the last layer's input); a list
+            is concatenated.
+        vision_feature_select_strategy: "default" leaves the class token out, "full" keeps every token; None takes
+            "default" where the ViT has a class token.
         connector_hidden_act: the connector's activation.
         connector_bias: whether the connector's Linears have biases.
 
@@ -289,7 +301,9 @@ class VLMoEConfig(PreTrainedConfig):
         _check_counts(part, moe)
         if part == "connector":
             if moe["layers"] is not None:
-                raise ValueError(f"connector_moe.layers is {moe['layers']}, but the connector is one MLP; leave `layers` out.")
+                raise ValueError(
+                    f"connector_moe.layers is {moe['layers']}, but the connector is one MLP; leave `layers` out."
+                )
             return moe
         tower_config = self.text_config if part == "text" else self.vision_config
         depth = tower_config.num_hidden_layers
@@ -297,7 +311,8 @@ class VLMoEConfig(PreTrainedConfig):
         first = max(1, useful // 2) if part == "vision" else 0
         if moe["layers"] is None and first >= useful:
             raise ValueError(
-                f"vision_moe has no layer to make sparse: {useful} of the vision tower's {depth} layers feed the selected feature "
+                f"vision_moe has no layer to make sparse: {useful} of the vision tower's {depth} layers feed the "
+                "selected feature "
                 "layer, and the first one stays dense. Name `layers`, or select a later vision_feature_layer."
             )
         layers = range(first, useful) if moe["layers"] is None else moe["layers"]
@@ -332,7 +347,8 @@ class VLMoEConfig(PreTrainedConfig):
         for name in found.keys() & values.keys():
             if values[name] is not None and values[name] != found[name]:
                 raise ValueError(
-                    f"text_moe.{name} is {values[name]!r}, but text_config.{name} is {found[name]!r}. For the LLM text_config is "
+                    f"text_moe.{name} is {values[name]!r}, but text_config.{name} is {found[name]!r}. For the LLM "
+                    "text_config is "
                     "the one home of this field: give it once."
                 )
         return values | found

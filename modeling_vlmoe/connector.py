@@ -1,4 +1,6 @@
-"""The connector: from the ViT's features to the LLM's embeddings, a 2-layer MLP or a mixture of such MLPs (CuMo, 2405.05949)."""
+"""The connector: from the ViT's features to the LLM's embeddings, a 2-layer MLP or a mixture of such MLPs (CuMo,
+2405.05949).
+"""
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -56,7 +58,8 @@ class VLMoEConnector(nn.Module):
         """Maps (images, tokens, vision width) to (images, tokens, text width).
 
         Returns:
-            The embeddings; the router logits (images x tokens, experts), None where dense; the (balance, z) losses in training.
+            The embeddings; the router logits (images x tokens, experts), None where dense; the (balance, z) losses in
+            training.
         """
         if not self.is_sparse:
             return self.mlp(features), None, None

@@ -1,8 +1,8 @@
 """How a dense MLP is written in transformers' backbones, and how its tensors become one stack of experts.
 
-A dense MLP is recognised by the names of its Linear children, never by `model_type`. A new spelling is a new row of `LAYOUTS`.
-Whatever the source, experts are stored un-transposed as `gate_up_proj (E, 2F, D)` or `up_proj (E, F, D)`, `down_proj (E, D, F)`
-and `<name>_bias (E, rows)`: E experts, F expert width, D model width.
+A dense MLP is recognised by the names of its Linear children, never by `model_type`. A new spelling is a new row of
+`LAYOUTS`. Whatever the source, experts are stored un-transposed as `gate_up_proj (E, 2F, D)` or `up_proj (E, F, D)`,
+`down_proj (E, D, F)` and `<name>_bias (E, rows)`: E experts, F expert width, D model width.
 
     >>> find_layout(llama.layers[0].mlp, "layers.0.mlp").expert_sources(is_biased=False)
     {'gate_up_proj': ('gate_proj.weight', 'up_proj.weight'), 'down_proj': ('down_proj.weight',)}
@@ -106,14 +106,15 @@ def find_layout(mlp: nn.Module, where: str) -> MLPLayout:
         where: its path in the tower, for messages.
 
     Raises:
-        ValueError: if no layout matches, if only some of the Linears have a bias, or if the MLP computes more than its Linears
-            and its activation (dropout, norms).
+        ValueError: if no layout matches, if only some of the Linears have a bias, or if the MLP computes more than its
+            Linears and its activation (dropout, norms).
     """
     linears = frozenset(name for name, child in mlp.named_children() if isinstance(child, nn.Linear))
     layout = next((row for row in LAYOUTS if row.linears == linears), None)
     if layout is None:
         raise ValueError(
-            f"{where} ({type(mlp).__name__}) has the Linear children {sorted(linears)}, which match none of the known MLP layouts: "
+            f"{where} ({type(mlp).__name__}) has the Linear children {sorted(linears)}, which match none of the "
+            "known MLP layouts: "
             f"{'; '.join(map(str, LAYOUTS))}."
         )
     extra = {
@@ -124,7 +125,8 @@ def find_layout(mlp: nn.Module, where: str) -> MLPLayout:
     if extra:
         raise ValueError(
             f"{where} ({type(mlp).__name__}) computes more than its Linears and its activation: "
-            f"{', '.join(f'{name} ({type(child).__name__})' for name, child in extra.items())}. Experts would leave that out; "
+            f"{', '.join(f'{name} ({type(child).__name__})' for name, child in extra.items())}. Experts would leave "
+            "that out; "
             "leave this layer out of `layers`."
         )
     biases = {name for name in linears if getattr(mlp, name).bias is not None}

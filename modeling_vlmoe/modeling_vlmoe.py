@@ -1,7 +1,7 @@
 """The vision-language model: a ViT, a connector and an LLM in LLaVA's form, each dense or with sparse experts.
 
-`VLMoEForConditionalGeneration.model` is a `VLMoEModel` with `vision_tower`, `connector` and `language_model`; `lm_head` is
-outside, and what the dense LLM does to its head's logits is repeated after it.
+`VLMoEForConditionalGeneration.model` is a `VLMoEModel` with `vision_tower`, `connector` and `language_model`;
+`lm_head` is outside, and what the dense LLM does to its head's logits is repeated after it.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import select_hidden_states
 
 from .configuration_vlmoe import VLMoEConfig, sparse_fields
 from .connector import VLMoEConnector
+from .recorders import install_recorders, make_recorders_picklable, register_recorders
 from .router_losses import RouterContext, follow_loss, weighted_mean
 from .towers import (
     apply_head_maths,
@@ -26,7 +27,6 @@ from .towers import (
     init_sparse_weights,
     make_sparse,
     mark_initialized,
-    register_recorders,
     tower_layers,
 )
 
@@ -41,8 +41,8 @@ class VLMoEModelOutputWithPast(BaseModelOutputWithPast):
         vision_router_logits: of the ViT's sparse layers, each (images x tokens, experts).
         connector_router_logits: of the connector, one (images x tokens, experts).
         router_losses: in training, per sparse part the layers' balance and z losses, (layers, 2), detached.
-        aux_loss: in training, the parts' losses weighted by their coefficients, a detached scalar. Their gradient is attached
-            inside the sparse blocks, so `loss` does not hold it and nothing is to be added to it.
+        aux_loss: in training, the parts' losses weighted by their coefficients, a detached scalar. Their gradient is
+            attached inside the sparse blocks, so `loss` does not hold it and nothing is to be added to it.
     """
 
     image_hidden_states: Tensor | None = None
@@ -100,6 +100,10 @@ class VLMoEPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         init_sparse_weights(module, self.config.initializer_range)
 
+    def __getstate__(self) -> dict[str, Any]:
+        make_recorders_picklable(self)
+        return self.__dict__
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         register_recorders(self)
@@ -132,6 +136,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
             config.vision_feature_select_strategy = "default" if has_class_token(self.vision_tower) else "full"
         self._write_text_width()
         self.post_init()
+        install_recorders(self)
 
     def _write_text_width(self) -> None:
         """The resolved expert width of the LLM, where other tools look for it."""
@@ -141,7 +146,9 @@ class VLMoEModel(VLMoEPreTrainedModel):
             moe.moe_intermediate_size = getattr(layer, layer.sparse_attribute).experts.intermediate_size
 
     def init_parallel_plans(self) -> None:
-        """As the host does, with the vision tower's layers wrapped one by one (the host's default names `layers.*` only)."""
+        """As the host does, with the vision tower's layers wrapped one by one (the host's default names `layers.*`
+        only).
+        """
         super().init_parallel_plans()
         path, _ = tower_layers(self.vision_tower)
         for name in ("embed_tokens", "layers.*", "norm"):
@@ -275,8 +282,8 @@ class VLMoEModel(VLMoEPreTrainedModel):
             router_context: handed in by a head that watches its loss; made here otherwise.
 
         Raises:
-            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if images come twice, or if the number of
-                image tokens is not that of image features.
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if images come twice, or if the
+                number of image tokens is not that of image features.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -334,7 +341,9 @@ class VLMoEModel(VLMoEPreTrainedModel):
 
 
 def _micro_batch_share(labels: Tensor | None, num_items_in_batch: Any) -> Tensor | None:
-    """This micro-batch's share of the optimizer step, by target tokens, where the trainer says how many the step has."""
+    """This micro-batch's share of the optimizer step, by target tokens, where the trainer says how many the step
+    has.
+    """
     if labels is None or num_items_in_batch is None:
         return None
     total = torch.as_tensor(num_items_in_batch, device=labels.device).sum().clamp(min=1)
@@ -375,8 +384,8 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         Args:
             vision_model_name_or_path: folder or Hub id of a ViT, also of a whole CLIP or SigLIP.
             text_model_name_or_path: folder or Hub id of a dense LLM.
-            text_moe: the LLM's experts, a `MoEConfig` or a dict of its fields; None keeps it dense. The same for `vision_moe`
-                and `connector_moe`.
+            text_moe: the LLM's experts, a `MoEConfig` or a dict of its fields; None keeps it dense. The same for
+                `vision_moe` and `connector_moe`.
             image_token_id: the placeholder's id; it may be set later, once the processor is known.
             experts_implementation: the kernel.
             **kwargs: given to both parents' `from_pretrained` (dtype, device_map, revision, ...).
@@ -427,6 +436,7 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         body.connector = VLMoEConnector(config).to(text.dtype).to(text.device)
         self.post_init()
         body.post_init()
+        install_recorders(body)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

@@ -1,12 +1,12 @@
 """The router's auxiliary losses, and how they reach the router under any trainer.
 
-A trainer may never look at the loss that `forward` returns (TRL rebuilds it from the base model's outputs), so the losses are
-attached where they arise: an identity on the routing weights whose backward adds the losses' gradient. The gradient is scaled
-by what the trainer does to the task loss (fp16's scaler, a division by accumulation steps), which `follow_loss` observes when
-the task loss itself passes through the model.
+A trainer may never look at the loss that `forward` returns (TRL rebuilds it from the base model's outputs), so the
+losses are attached where they arise: an identity on the routing weights whose backward adds the losses' gradient. The
+gradient is scaled by what the trainer does to the task loss (fp16's scaler, a division by accumulation steps), which
+`follow_loss` observes when the task loss itself passes through the model.
 
-Definition (MATHS 4), per sparse layer, micro-batch and process, padding left out: T real tokens, E experts, K chosen per token,
-p = softmax(router logits), F_i = assignments to expert i / (T K), P_i = mean of p_i:
+Definition (MATHS 4), per sparse layer, micro-batch and process, padding left out: T real tokens, E experts, K chosen
+per token, p = softmax(router logits), F_i = assignments to expert i / (T K), P_i = mean of p_i:
 
     balance = E sum_i F_i P_i                 (Switch Transformers, 2101.03961, eq. 4; 1 when routing is uniform)
     z       = mean of logsumexp(logits)^2     (ST-MoE, 2202.08906, eq. 5)
@@ -81,7 +81,7 @@ class _FollowLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, loss_scale: Tensor) -> Tensor:
         ctx.loss_scale = loss_scale
-        return loss.view_as(loss)
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -119,8 +119,8 @@ class RouterLosses(nn.Module):
             context: the forward pass' context; its mask covers the same tokens.
 
         Returns:
-            What is reported, the detached logits, so that a trainer's own auxiliary term carries no second gradient; the weights,
-            unchanged in value; and the detached (balance, z) losses, (2,), or None.
+            What is reported, the detached logits, so that a trainer's own auxiliary term carries no second gradient;
+            the weights, unchanged in value; and the detached (balance, z) losses, (2,), or None.
         """
         if context is None:
             return logits_TE.detach(), weight_TK, None
@@ -136,6 +136,8 @@ class RouterLosses(nn.Module):
 
 
 def weighted_mean(losses: Tensor, moe: Any) -> Tensor:
-    """A part's loss from its layers' (layers, 2) balance and z values: the mean over layers, by the part's coefficients."""
+    """A part's loss from its layers' (layers, 2) balance and z values: the mean over layers, by the part's
+    coefficients.
+    """
     coefficients = losses.new_tensor([moe.router_aux_loss_coef, moe.router_z_loss_coef])
     return (losses.mean(0) * coefficients).sum()

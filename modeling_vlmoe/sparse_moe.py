@@ -1,12 +1,13 @@
 """The sparse Mixture-of-Experts block: a router and a stack of experts in the place of a dense MLP.
 
-Invariant: with `norm_topk_prob` the routing weights of a token sum to one, so experts that are copies of the dense MLP compute
+Invariant: with `norm_topk_prob` the routing weights of a token sum to one, so experts that are copies of the dense MLP
+    compute
 the dense MLP, whatever the router (Sparse Upcycling, 2212.05055; MATHS 1).
 
-Shapes: T tokens, D model width, O output width (D but for the connector), F expert width, E experts, K experts per token.
+Shapes: T tokens, D model width, O output width (D but for the connector), F expert width, E experts, K experts per
+    token.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class Router(nn.Module):
 
 @use_experts_implementation
 class Experts(nn.Module):
-    """A dense MLP, E times: `gate_up_proj (E, 2F, D)` or `up_proj (E, F, D)`, `down_proj (E, O, F)`, and `<name>_bias`.
+    """A dense MLP, E times: `gate_up_proj (E, 2F, D)` or `up_proj (E, F, D)`, `down_proj (E, O, F)`, and
+    `<name>_bias`.
 
     Args:
         config: the configuration whose `experts_implementation` chooses the kernel.
@@ -119,38 +121,47 @@ class Experts(nn.Module):
         return out
 
 
+class _SquareExperts:
+    """What a host kernel reads from experts, with input and output widened by zeros to one width."""
+
+    def __init__(self, experts: Experts, width: int):
+        self.config, self.num_experts, self.act_fn = experts.config, experts.num_experts, experts.act_fn
+        self.has_gate, self.has_bias = experts.has_gate, experts.has_bias
+        self.has_post_expert_norm, self._is_expert_parallel = experts.has_post_expert_norm, experts._is_expert_parallel
+        self.is_transposed, self.is_concatenated = experts.is_transposed, experts.is_concatenated
+        self.experts = experts
+        stack = experts.gate_up_proj if experts.has_gate else experts.up_proj
+        stack = F.pad(stack, (0, width - stack.shape[-1]))
+        missing = width - experts.down_proj.shape[1]
+        self.down_proj = F.pad(experts.down_proj, (0, 0, 0, missing))
+        if experts.has_bias:
+            self.down_proj_bias = F.pad(experts.down_proj_bias, (0, missing))
+        if experts.has_gate:
+            self.gate_up_proj = stack
+            self.gate_up_proj_bias = experts.gate_up_proj_bias if experts.has_bias else None
+        else:
+            self.up_proj = stack
+            self.up_proj_bias = experts.up_proj_bias if experts.has_bias else None
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        return self.experts._apply_gate(gate_up)
+
+
 class RectangularExperts(Experts):
     """Experts whose output is wider or narrower than their input, as in the connector.
 
-    The host's kernels take the output's width from the input, so they are given both widened to the larger with zeros.
+    The host's kernels take the output's width from the input, so they are given both widened to the larger one.
     """
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As `Experts.forward`, by the implementation that the configuration names."""
-        width_in, width_out = hidden_states.shape[-1], self.down_proj.shape[1]
-        if width_in == width_out or self.config._experts_implementation == "eager":
+        if self.config._experts_implementation == "eager":
             return super().forward(hidden_states, top_k_index, top_k_weights)
         kernel = ALL_EXPERTS_FUNCTIONS.get_interface(self.config._experts_implementation, None)
+        width_in, width_out = hidden_states.shape[-1], self.down_proj.shape[1]
         width = max(width_in, width_out)
-        stack = "gate_up_proj" if self.is_gated else "up_proj"
-        square = SimpleNamespace(
-            num_experts=self.num_experts,
-            act_fn=self.act_fn,
-            _apply_gate=self._apply_gate,
-            has_gate=self.has_gate,
-            has_bias=self.has_bias,
-            has_post_expert_norm=self.has_post_expert_norm,
-            is_transposed=self.is_transposed,
-            is_concatenated=self.is_concatenated,
-            _is_expert_parallel=self._is_expert_parallel,
-            config=self.config,
-            down_proj=F.pad(self.down_proj, (0, 0, 0, width - width_out)),
-            **{stack: F.pad(getattr(self, stack), (0, width - width_in))},
-        )
-        if self.is_biased:
-            setattr(square, f"{stack}_bias", getattr(self, f"{stack}_bias"))
-            square.down_proj_bias = F.pad(self.down_proj_bias, (0, width - width_out))
-        return kernel(square, F.pad(hidden_states, (0, width - width_in)), top_k_index, top_k_weights)[:, :width_out]
+        widened = F.pad(hidden_states, (0, width - width_in))
+        return kernel(_SquareExperts(self, width), widened, top_k_index, top_k_weights)[:, :width_out]
 
 
 class SparseMoE(nn.Module):
@@ -179,7 +190,9 @@ class SparseMoE(nn.Module):
         self.context: RouterContext | None = None
 
     def routed(self, hidden_states: Tensor, context: RouterContext | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Maps (..., D) to (..., O); the detached router logits (T, E) and, in training, the (balance, z) losses come along."""
+        """Maps (..., D) to (..., O); the detached router logits (T, E) and, in training, the (balance, z) losses come
+        along.
+        """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits_TE, weight_TK, expert_TK = self.router(x_TD)
         logits_TE, weight_TK, losses = self.losses(logits_TE, weight_TK, expert_TK, context)

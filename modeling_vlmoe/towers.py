@@ -1,9 +1,9 @@
 """Towers: any transformers backbone, with a `SparseMoE` where the dense MLP of chosen layers was.
 
 A backbone is turned sparse in place by a class derived from its own, made once per backbone: `LlamaModel` becomes
-`SparseLlamaModel(LlamaModel)`. The derived class tells the host what a bare swap of modules would lose silently: how experts are
-initialised, that router logits can be recorded, that kernels can be switched, and how experts are sharded. The chosen layers
-get a derived class too, which hands the router its context inside gradient checkpointing.
+`SparseLlamaModel(LlamaModel)`. The derived class tells the host what a bare swap of modules would lose silently: how
+experts are initialised, that router logits can be recorded, that kernels can be switched, and how experts are sharded.
+The chosen layers get a derived class too, which hands the router its context inside gradient checkpointing.
 
     >>> tower = make_sparse(AutoModel.from_config(llama_config), moe)
     >>> type(tower).__name__, type(tower.layers[0]).__name__
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
+from transformers.utils.output_capturing import OutputRecorder
 
 from .mlp_layouts import MLP_NAMES, MLPLayout, find_layout
+from .recorders import forget_recorders, make_recorders_picklable, register_recorders
 from .router_losses import RouterContext, RouterLosses
 from .sparse_moe import Experts, Router, SparseMoE
 
@@ -71,7 +72,8 @@ def tower_layers(tower: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(layers, nn.ModuleList) and len(layers):
             return path, layers
     raise ValueError(
-        f"{type(tower).__name__} has no list of layers under any of the names {', '.join(LAYER_LISTS)}; it cannot carry experts."
+        f"{type(tower).__name__} has no list of layers under any of the names {', '.join(LAYER_LISTS)}; it cannot "
+        "carry experts."
     )
 
 
@@ -87,7 +89,8 @@ def find_dense_mlp(tower: nn.Module, index: int) -> DenseMLP:
     if len(names) != 1:
         children = ", ".join(name for name, _ in layer.named_children())
         raise ValueError(
-            f"{type(tower).__name__}: {where} has no MLP that matches: expected exactly one of {', '.join(MLP_NAMES)}, found "
+            f"{type(tower).__name__}: {where} has no MLP that matches: expected exactly one of "
+            f"{', '.join(MLP_NAMES)}, found "
             f"{names or 'none'} among its children {children}."
         )
     mlp = getattr(layer, names[0])
@@ -140,7 +143,9 @@ _SPARSE_CLASSES: dict[type, type] = {}
 
 
 def _derived(dense_class: type, members: dict[str, Any]) -> type:
-    """The class `Sparse<dense>`, made once. `type()` makes classes that do not pickle by name, hence `__reduce_ex__`."""
+    """The class `Sparse<dense>`, made once. `type()` makes classes that do not pickle by name, hence
+    `__reduce_ex__`.
+    """
     if dense_class not in _SPARSE_CLASSES:
         _SPARSE_CLASSES[dense_class] = type(
             f"Sparse{dense_class.__name__}",
@@ -151,6 +156,7 @@ def _derived(dense_class: type, members: dict[str, Any]) -> type:
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple:
+    make_recorders_picklable(self)
     return _rebuild, (type(self)._dense_class,), self.__dict__
 
 
@@ -160,11 +166,24 @@ def _rebuild(dense_class: type) -> nn.Module:
     return derived.__new__(derived)
 
 
+def _wildcard(path: str) -> str:
+    """A module's path as the host's plans write it: "layers.0.mlp" becomes "layers.*.mlp"."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def _drop_idle_rules(tower: nn.Module) -> None:
+    """Leaves out the dense MLPs' split rules where no dense MLP is left; the host would warn about them."""
+    present = {_wildcard(name) for name, _ in tower.named_modules()}
+    for rule in [rule for rule in tower._tp_plan if rule.split(".")[-2:-1] and rule.split(".")[-2] in MLP_NAMES]:
+        if rule not in present:
+            del tower._tp_plan[rule]
+
+
 def sparse_layer_class(dense_class: type) -> type:
     """A layer that takes the router's context from its keywords and gives it to its block.
 
-    Keywords are what gradient checkpointing repeats when it runs a layer again (the host checkpoints `forward`, so a hook on the
-    layer would not run again; transformers 5.23).
+    Keywords are what gradient checkpointing repeats when it runs a layer again (the host checkpoints `forward`, so a
+    hook on the layer would not run again; transformers 5.23).
     """
 
     def forward(self, *args, **kwargs):
@@ -182,7 +201,9 @@ def sparse_layer_class(dense_class: type) -> type:
 
 
 def sparse_tower_class(dense_class: type) -> type:
-    """The class of a backbone whose layers may carry `SparseMoE`: what the host must know about it; one per backbone."""
+    """The class of a backbone whose layers may carry `SparseMoE`: what the host must know about it; one per
+    backbone.
+    """
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -192,19 +213,23 @@ def sparse_tower_class(dense_class: type) -> type:
     def init_parallel_plans(self):
         dense_class.init_parallel_plans(self)
         for path, block in sparse_blocks(self):
-            experts = ".".join("*" if part.isdigit() else part for part in f"{path}.experts".split("."))
-            self._ep_plan |= {
-                f"{experts}.{name}": "grouped_gemm" for name, _ in block.experts.named_parameters(recurse=False)
-            }
-            self._ep_plan[experts] = "ep_dispatch_experts"
+            mlp = _wildcard(path)
+            names = [name for name, _ in block.experts.named_parameters(recurse=False)]
+            self._ep_plan |= {f"{mlp}.experts.{name}": "grouped_gemm" for name in names}
+            self._ep_plan[f"{mlp}.experts"] = "ep_dispatch_experts"
             # A row-wise split would add the down bias once per process, and needs a tower that is split around it.
             if self._tp_plan and block.experts.is_gated and not block.experts.is_biased:
-                self._tp_plan |= {f"{experts}.gate_up_proj": "packed_colwise", f"{experts}.down_proj": "rowwise"}
-                self._tp_plan[experts] = "moe_tp_experts"
+                self._tp_plan |= {
+                    f"{mlp}.experts.gate_up_proj": "packed_colwise",
+                    f"{mlp}.experts.down_proj": "rowwise",
+                }
+                self._tp_plan[f"{mlp}.experts"] = "moe_tp_experts"
+        _drop_idle_rules(self)
 
     def save_pretrained(self, *args, **kwargs):
         raise ValueError(
-            f"A sparse tower cannot be saved alone: it would be written as a dense {self.config.model_type} and reload with random "
+            f"A sparse tower cannot be saved alone: it would be written as a dense {self.config.model_type} and "
+            "reload with random "
             "MLPs. Save the whole vision-language model."
         )
 
@@ -224,13 +249,6 @@ def sparse_tower_class(dense_class: type) -> type:
         "_no_split_modules": no_split + [f"Sparse{name}" for name in no_split],
     }
     return _derived(dense_class, members)
-
-
-def register_recorders(model: nn.Module) -> None:
-    """Tells the host's output recorder about every class below: it learns of them in `__init__`, which these did not run."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
 
 
 def make_sparse(
@@ -262,6 +280,7 @@ def make_sparse(
         setattr(mlp.layer, mlp.attribute, block)
         mlp.layer.__class__ = sparse_layer_class(type(mlp.layer))
         mlp.layer.sparse_attribute = mlp.attribute
+    forget_recorders(tower)  # hooks that are in already would miss the new blocks
     register_recorders(tower)
     tower.post_init()
     return tower

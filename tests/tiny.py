@@ -1,7 +1,7 @@
 """Tiny dense parents, built from real transformers classes: what a user would have downloaded, in seconds.
 
-Every parameter is redrawn wide (std 0.2), because a freshly initialised model hides mistakes: zeroing all MLP biases of a fresh
-tiny SigLIP moves its features by 2e-6 only.
+Every parameter is redrawn wide (std 0.2), because a freshly initialised model hides mistakes: zeroing all MLP biases
+of a fresh tiny SigLIP moves its features by 2e-6 only.
 """
 
 from pathlib import Path
