@@ -159,7 +159,7 @@ class RectangularExperts(Experts):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         kernel = ALL_EXPERTS_FUNCTIONS.get_interface(self.config._experts_implementation, None)
         width_in, width_out = hidden_states.shape[-1], self.down_proj.shape[1]
-        width = max(width_in, width_out)
+        width = -(-max(width_in, width_out) // 8) * 8  # grouped_mm wants rows of a multiple of 16 bytes
         widened = F.pad(hidden_states, (0, width - width_in))
         return kernel(_SquareExperts(self, width), widened, top_k_index, top_k_weights)[:, :width_out]
 

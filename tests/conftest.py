@@ -1,0 +1,50 @@
+"""Every test runs offline and leaves nothing outside its temporary folders: set before anything imports transformers."""
+
+import os
+import tempfile
+
+_CACHE = tempfile.mkdtemp(prefix="vlmoe-tests-")
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HOME": _CACHE,
+    "HF_MODULES_CACHE": os.path.join(_CACHE, "modules"),
+    "HF_DATASETS_CACHE": os.path.join(_CACHE, "datasets"),
+    "TRACKIO_DIR": os.path.join(_CACHE, "trackio"),
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _caches():
+    yield
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def run_without_package(tmp_path):
+    """Runs Python code in a process that cannot import `modeling_vlmoe`, from an empty folder; returns what it printed."""
+    blocker = "import sys; sys.modules['modeling_vlmoe'] = None\n"
+
+    def run(code: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", blocker + code], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
