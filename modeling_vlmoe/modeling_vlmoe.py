@@ -112,9 +112,8 @@ class VLMoEPreTrainedModel(PreTrainedModel):
 def _build_tower(config: Any, moe: Any) -> PreTrainedModel:
     """A tower from its configuration, sparse where the part has experts."""
     requested = config._experts_implementation
-    if moe is not None:
-        # The dense class would refuse a request for a kernel; it is granted to the sparse class.
-        config._experts_implementation_internal = None
+    # A dense class refuses a request for a kernel, which is meant for the parts that have experts.
+    config._experts_implementation_internal = None
     tower = AutoModel.from_config(config)
     return tower if moe is None else make_sparse(tower, moe, requested)
 

@@ -76,8 +76,8 @@ def test_saved_vit_loads_through_the_auto_classes(settings, tmp_path):
 def test_only_the_assistants_words_are_labels():
     documents = write_lesson(all_scenes(), LESSONS[-1], 200, np.random.default_rng(0))
     tokenizer = train_tokenizer(documents)
-    [(input_ids, labels)] = encode_chats(tokenizer, [conversation(" top-left-empty", "Where is it?", "top left")])
-    assert tokenizer.decode([token for token in labels if token >= 0]) == "top left<|im_end|>"
+    [(input_ids, labels)] = encode_chats(tokenizer, [conversation(" top-left-empty", "Where is it?", "top-left")])
+    assert tokenizer.decode([token for token in labels if token >= 0]) == "top-left<|im_end|>"
     assert len(input_ids) == len(labels)
 
 

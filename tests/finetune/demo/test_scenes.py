@@ -91,7 +91,7 @@ def test_a_question_on_one_of_two_items_is_wrong_for_the_other(scene):
 
 
 def test_words_and_labels_name_the_same_cells():
-    assert describe(TWO_ITEMS) == "a red circle at the top left and a blue square at the bottom right"
+    assert describe(TWO_ITEMS) == "a red circle at the top-left and a blue square at the bottom-right"
     assert cell_words(TWO_ITEMS).split() == [
         "top-left-red-circle",
         "top-right-empty",
