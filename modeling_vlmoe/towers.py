@@ -282,6 +282,7 @@ def make_sparse(
         mlp.layer.sparse_attribute = mlp.attribute
     forget_recorders(tower)  # hooks that are in already would miss the new blocks
     register_recorders(tower)
+    tower._no_split_modules = list(type(tower)._no_split_modules)  # the dense class' own has become an instance attribute
     tower.post_init()
     return tower
 

@@ -1,0 +1,36 @@
+"""Two gloo processes: FSDP2, FSDP2 with expert parallelism, and tensor parallelism give one process' logits and steps."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.models import sparse_model
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folders = {vision: tmp_path_factory.mktemp(vision) for vision in ("siglip", "clip")}
+    for vision, folder in folders.items():
+        sparse_model("qwen3" if vision == "clip" else "llama", vision).save_pretrained(folder)
+    return folders
+
+
+@pytest.mark.parametrize(("mode", "vision"), [("fsdp", "siglip"), ("fsdp_ep", "clip"), ("tp", "siglip")])
+def test_two_processes_equal_one(saved, mode, vision):
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(SCRIPT)]
+    done = subprocess.run(
+        [*command, mode, str(saved[vision])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"{mode} equals one process" in done.stdout

@@ -1,0 +1,60 @@
+"""Run by `torchrun --nproc_per_node 2 two_processes.py MODE FOLDER`: a split model against the whole one in each process."""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from transformers.distributed import DistributedConfig
+
+from modeling_vlmoe import VLMoEForConditionalGeneration
+from tests.models import batch, gap
+
+SIZES = {
+    "fsdp": {"fsdp_size": 2},
+    "fsdp_ep": {"fsdp_size": 2, "ep_size": 2},
+    "tp": {"tp_size": 2, "tp_plan": "auto"},
+}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def main(mode: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    split = VLMoEForConditionalGeneration.from_pretrained(folder, distributed_config=DistributedConfig(**SIZES[mode])).train()
+    alone = VLMoEForConditionalGeneration.from_pretrained(folder).train()
+    wrapped = [type(module).__name__ for module in split.modules() if type(module).__name__.startswith("FSDP")]
+    layers = [*split.model.language_model.layers, *split.model.vision_tower.encoder.layers]
+    assert mode == "tp" or all(type(layer).__name__.startswith("FSDP") for layer in layers), wrapped
+    experts = split.model.language_model.layers[0].mlp.experts
+    assert experts.num_experts == (2 if mode == "fsdp_ep" else 4)
+    if mode == "tp":
+        assert experts.down_proj.to_local().shape[-1] == 24, "the experts' width is not split"
+
+    inputs = batch((1, 2))
+    inputs["labels"] = inputs["input_ids"]
+    for step in range(2):
+        found, wanted = split(**inputs), alone(**inputs)
+        assert gap(whole(found.logits), wanted.logits) <= 1e-5, (mode, step, gap(whole(found.logits), wanted.logits))
+        assert abs(found.loss - wanted.loss) <= 1e-5
+        found.loss.backward()
+        wanted.loss.backward()
+        for name, parameter in split.named_parameters():
+            other = alone.get_parameter(name).grad
+            assert (parameter.grad is None) == (other is None), name
+            if other is not None:
+                torch.testing.assert_close(whole(parameter.grad), other, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        for model in (split, alone):
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+            model.zero_grad()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        print(f"{mode} equals one process: {sorted(set(wrapped))}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.getcwd())
+    main(*sys.argv[1:])
