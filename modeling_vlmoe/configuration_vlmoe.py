@@ -246,8 +246,8 @@ class VLMoEConfig(PreTrainedConfig):
         "image_hidden_states",
     ]
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None
+    vision_config: Any = None
     text_moe: Any = None
     vision_moe: Any = None
     connector_moe: Any = None

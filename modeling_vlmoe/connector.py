@@ -48,10 +48,6 @@ class VLMoEConnector(nn.Module):
             mark_initialized(block.experts)
         self.mlp = block
 
-    @property
-    def is_sparse(self) -> bool:
-        return isinstance(self.mlp, SparseMoE)
-
     def forward(
         self, features: Tensor, context: RouterContext | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -61,6 +57,6 @@ class VLMoEConnector(nn.Module):
             The embeddings; the router logits (images x tokens, experts), None where dense; the (balance, z) losses in
             training.
         """
-        if not self.is_sparse:
-            return self.mlp(features), None, None
-        return self.mlp.routed(features, context)
+        if isinstance(self.mlp, SparseMoE):
+            return self.mlp.routed(features, context)
+        return self.mlp(features), None, None

@@ -5,14 +5,14 @@
 """
 
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
@@ -81,7 +81,7 @@ class VLMoEPreTrainedModel(PreTrainedModel):
     config: VLMoEConfig
     config_class = VLMoEConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -150,10 +150,9 @@ class VLMoEModel(VLMoEPreTrainedModel):
         """
         super().init_parallel_plans()
         path, _ = tower_layers(self.vision_tower)
-        for name in ("embed_tokens", "layers.*", "norm"):
-            self._fsdp_plan.pop(f"vision_tower.{name}", None)
-            self._fsdp_plan.pop(name, None)
-        self._fsdp_plan[f"vision_tower.{path}.*"] = "free_full_weight"
+        idle = [f"{prefix}{name}" for name in ("embed_tokens", "layers.*", "norm") for prefix in ("", "vision_tower.")]
+        plan = {rule: how for rule, how in (self._fsdp_plan or {}).items() if rule not in idle}
+        self._fsdp_plan = plan | {f"vision_tower.{path}.*": "free_full_weight"}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -170,7 +169,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         router_context: RouterContext | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encodes images into embeddings of the LLM.
 
@@ -191,11 +190,9 @@ class VLMoEModel(VLMoEPreTrainedModel):
             **(context_kwargs(router_context) if is_sparse else {}),
             **kwargs,
         )
-        layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
-        features = [outputs.hidden_states[layer] for layer in layers]
-        if vision_feature_select_strategy == "default":
-            features = [feature[:, 1:] for feature in features]
-        features = features[0] if len(features) == 1 else torch.cat(features, dim=-1)
+        layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else list(vision_feature_layer or ())
+        first = 1 if vision_feature_select_strategy == "default" else 0
+        features = torch.cat([outputs.hidden_states[layer][:, first:] for layer in layers], dim=-1)
         embeddings, logits, losses = self.connector(features, router_context)
         outputs.pooler_output = list(embeddings)
         if logits is not None:
@@ -210,8 +207,12 @@ class VLMoEModel(VLMoEPreTrainedModel):
         Raises:
             ValueError: if the counts differ.
         """
+        if self.config.image_token_id is None:
+            raise ValueError(
+                "Images were given, but config.image_token_id is not set. Set it to the id of the processor's image token."
+            )
         if input_ids is None:
-            token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
@@ -249,7 +250,8 @@ class VLMoEModel(VLMoEPreTrainedModel):
         if not losses:
             return None, None
         device = text.last_hidden_state.device
-        return losses, sum(weighted_mean(value.to(device), self.config.moe(part)) for part, value in losses.items())
+        weighted = [weighted_mean(value.to(device), self.config.moe(part)) for part, value in losses.items()]
+        return losses, torch.stack(weighted).sum()
 
     @can_return_tuple
     def forward(
@@ -266,7 +268,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         output_router_logits: bool | None = None,
         router_context: RouterContext | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> VLMoEModelOutputWithPast:
         """Runs images and text.
 
@@ -310,7 +312,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
                 return_dict=True,
             )
         if image is not None:
-            image_features = torch.cat(list(image.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            image_features = torch.cat(list(image["pooler_output"])).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
 
@@ -419,10 +421,11 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
     ) -> None:
         """Puts the parents' own modules in the place of this model's, made sparse, with a new connector."""
         config, body = self.config, self.model
-        for name, tower, moe, sub_config in (
+        towers: list[tuple[str, Any, Any, Any]] = [
             ("language_model", text.base_model, config.text_moe, config.text_config),
             ("vision_tower", vision, config.vision_moe, config.vision_config),
-        ):
+        ]
+        for name, tower, moe, sub_config in towers:
             sub_config._attn_implementation = tower.config._attn_implementation
             for module in tower.modules():
                 if getattr(module, "config", None) is tower.config:
@@ -463,7 +466,7 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> VLMoECausalLMOutputWithPast:
         """Runs images and text, and the head.
 
@@ -527,7 +530,7 @@ class VLMoEForSequenceClassification(GenericForSequenceClassification, VLMoEPreT
         attention_mask: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ):
         """Classifies each sample; `labels` is (batch,). The other arguments are those of [`VLMoEModel.forward`]."""
         context = self.model._router_context(attention_mask, None)

@@ -8,6 +8,7 @@ Shapes: T tokens, D model width, O output width (D but for the connector), F exp
     token.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,6 +66,22 @@ class Experts(nn.Module):
         intermediate_size: F, where it is not the dense MLP's.
     """
 
+    gate_up_proj: Tensor
+    gate_up_proj_bias: Tensor
+    up_proj: Tensor
+    up_proj_bias: Tensor
+    down_proj: Tensor
+    down_proj_bias: Tensor
+    # Set by the decorator, and read by the host's kernels.
+    config: Any
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    is_transposed: bool
+    is_concatenated: bool
+    _is_expert_parallel: bool
+    _apply_gate: Callable[[Tensor], Tensor]
+
     def __init__(
         self, config: PreTrainedConfig, num_experts: int, dense_mlp: nn.Module, intermediate_size: int | None = None
     ):
@@ -77,7 +94,10 @@ class Experts(nn.Module):
         width = getattr(dense_mlp, layout.inputs[0]).in_features
         self.intermediate_size = intermediate_size or down.in_features
         num_rows = self.intermediate_size * (2 if self.is_gated else 1)
-        shapes = {layout.input_stack: (num_rows, width), "down_proj": (down.out_features, self.intermediate_size)}
+        shapes: dict[str, tuple[int, ...]] = {
+            layout.input_stack: (num_rows, width),
+            "down_proj": (down.out_features, self.intermediate_size),
+        }
         if self.is_biased:
             shapes |= {f"{layout.input_stack}_bias": (num_rows,), "down_proj_bias": (down.out_features,)}
         for name, shape in shapes.items():
@@ -157,7 +177,7 @@ class RectangularExperts(Experts):
         """As `Experts.forward`, by the implementation that the configuration names."""
         if self.config._experts_implementation == "eager":
             return super().forward(hidden_states, top_k_index, top_k_weights)
-        kernel = ALL_EXPERTS_FUNCTIONS.get_interface(self.config._experts_implementation, None)
+        kernel = ALL_EXPERTS_FUNCTIONS.get_interface(self.config._experts_implementation, Experts.forward)
         width_in, width_out = hidden_states.shape[-1], self.down_proj.shape[1]
         width = -(-max(width_in, width_out) // 8) * 8  # grouped_mm wants rows of a multiple of 16 bytes
         widened = F.pad(hidden_states, (0, width - width_in))
@@ -182,7 +202,7 @@ class SparseMoE(nn.Module):
             getattr(dense_mlp, layout.down).out_features,
         )
         experts_class = Experts if width == out_width else RectangularExperts
-        self.experts = experts_class(config, moe.num_experts, dense_mlp, moe.moe_intermediate_size)
+        self.experts: Experts = experts_class(config, moe.num_experts, dense_mlp, moe.moe_intermediate_size)
         # The host's decorator sets these two after __init__, per class; here gate and bias differ per instance.
         self.experts.has_gate, self.experts.has_bias = self.experts.is_gated, self.experts.is_biased
         self.router = Router(width, moe).to(self.experts.down_proj.device)

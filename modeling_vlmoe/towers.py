@@ -49,7 +49,7 @@ class DenseMLP:
     """
 
     path: str
-    layer: nn.Module
+    layer: Any
     attribute: str
     layout: MLPLayout
 
@@ -155,15 +155,15 @@ def _derived(dense_class: type, members: dict[str, Any]) -> type:
     return _SPARSE_CLASSES[dense_class]
 
 
-def _reduce(self: nn.Module, protocol: int) -> tuple:
+def _reduce(self: Any, protocol: int) -> tuple:
     make_recorders_picklable(self)
     return _rebuild, (type(self)._dense_class,), self.__dict__
 
 
-def _rebuild(dense_class: type) -> nn.Module:
+def _rebuild(dense_class: type) -> Any:
     is_tower = issubclass(dense_class, PreTrainedModel)
     derived = sparse_tower_class(dense_class) if is_tower else sparse_layer_class(dense_class)
-    return derived.__new__(derived)
+    return derived.__new__(derived)  # type: ignore[call-overload]
 
 
 def _wildcard(path: str) -> str:
@@ -171,7 +171,7 @@ def _wildcard(path: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
-def _drop_idle_rules(tower: nn.Module) -> None:
+def _drop_idle_rules(tower: Any) -> None:
     """Leaves out the dense MLPs' split rules where no dense MLP is left; the host would warn about them."""
     present = {_wildcard(name) for name, _ in tower.named_modules()}
     for rule in [rule for rule in tower._tp_plan if rule.split(".")[-2:-1] and rule.split(".")[-2] in MLP_NAMES]:
@@ -179,7 +179,7 @@ def _drop_idle_rules(tower: nn.Module) -> None:
             del tower._tp_plan[rule]
 
 
-def sparse_layer_class(dense_class: type) -> type:
+def sparse_layer_class(dense_class: Any) -> type:
     """A layer that takes the router's context from its keywords and gives it to its block.
 
     Keywords are what gradient checkpointing repeats when it runs a layer again (the host checkpoints `forward`, so a
@@ -200,7 +200,7 @@ def sparse_layer_class(dense_class: type) -> type:
     return _derived(dense_class, {"forward": forward})
 
 
-def sparse_tower_class(dense_class: type) -> type:
+def sparse_tower_class(dense_class: Any) -> type:
     """The class of a backbone whose layers may carry `SparseMoE`: what the host must know about it; one per
     backbone.
     """
@@ -269,7 +269,8 @@ def make_sparse(
         ValueError: naming the layer that has no MLP of a known layout.
     """
     mlps = [find_dense_mlp(tower, index) for index in moe.layers]
-    tower.__class__ = sparse_tower_class(type(tower))
+    sparse_class: Any = sparse_tower_class(type(tower))
+    tower.__class__ = sparse_class
     # A dense tower's configuration says "eager" by the time it is built, so the request is handed in.
     tower.config._experts_implementation_internal = tower.get_correct_experts_implementation(experts_implementation)
     for mlp in mlps:
@@ -282,7 +283,9 @@ def make_sparse(
         mlp.layer.sparse_attribute = mlp.attribute
     forget_recorders(tower)  # hooks that are in already would miss the new blocks
     register_recorders(tower)
-    tower._no_split_modules = list(type(tower)._no_split_modules)  # the dense class' own has become an instance attribute
+    tower._no_split_modules = list(
+        sparse_class._no_split_modules
+    )  # the dense class' own has become an instance attribute
     tower.post_init()
     return tower
 
@@ -290,9 +293,8 @@ def make_sparse(
 def mark_initialized(module: nn.Module) -> None:
     """Keeps the host's initialisation away from weights that are already what they should be."""
     for child in module.modules():
-        child._is_hf_initialized = True
-        for parameter in child.parameters(recurse=False):
-            parameter._is_hf_initialized = True
+        for marked in (child, *child.parameters(recurse=False)):
+            setattr(marked, "_is_hf_initialized", True)  # noqa: B010 (the host's mark, unknown to type checkers)
 
 
 def context_kwargs(context: RouterContext | None) -> dict[str, Any]:

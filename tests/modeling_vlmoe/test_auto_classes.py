@@ -73,7 +73,12 @@ def test_the_package_comes_before_remote_code(saved, trust):
 def test_pipeline_answers_a_chat_with_an_image(saved, tmp_path, kind, caplog):
     image = Image.new("RGB", (40, 30), "red")
     image.save(tmp_path / "red.png")
-    chat = [{"role": "user", "content": [{"type": "image", "image": image if kind == "PIL" else str(tmp_path / "red.png")}]}]
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": image if kind == "PIL" else str(tmp_path / "red.png")}],
+        }
+    ]
     chat[0]["content"].append({"type": "text", "text": "what colour is the shape?"})
     answer = pipeline("image-text-to-text", model=str(saved))(text=chat, max_new_tokens=3, return_full_text=False)
     assert isinstance(answer[0]["generated_text"], str)
@@ -187,7 +192,9 @@ def test_a_merged_adapter_loads_anywhere(saved, tmp_path, run_without_package):
     torch.save({"inputs": inputs, "logits": merged(**inputs).logits.detach()}, tmp_path / "expected.pt")
     assert (merged(**inputs).logits - wanted.logits).abs().max() < 1e-4
     run_without_package(
-        REMOTE.format(folder=str(tmp_path / "merged"), expected=str(tmp_path / "expected.pt"), again=str(tmp_path / "again"))
+        REMOTE.format(
+            folder=str(tmp_path / "merged"), expected=str(tmp_path / "expected.pt"), again=str(tmp_path / "again")
+        )
     )
 
 

@@ -33,7 +33,9 @@ def test_a_dense_text_config_is_left_alone():
     sparse = VLMoEConfig(text_config=dense, vision_config=tiny.vision_config("clip"), text_moe={})
     assert not hasattr(dense, "num_experts")
     assert sparse.text_config is not dense
-    assert not hasattr(VLMoEConfig(text_config=dense, vision_config=tiny.vision_config("clip")).text_config, "num_experts")
+    assert not hasattr(
+        VLMoEConfig(text_config=dense, vision_config=tiny.vision_config("clip")).text_config, "num_experts"
+    )
 
 
 def test_save_and_load_keep_every_part(tmp_path):
@@ -55,7 +57,9 @@ def test_overrides_reach_the_parts(tmp_path):
     assert (by_part.vision_moe.num_experts, by_part.vision_moe.num_experts_per_tok) == (4, 3)
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))], ids=["copy", "pickle"]
+)
 def test_copies_read_their_own_text_config(again):
     config = sparse_config()
     twin = again(config)
@@ -66,7 +70,10 @@ def test_copies_read_their_own_text_config(again):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"text_moe": {"num_experts": 4, "num_experts_per_tok": 5}}, "text_moe.num_experts_per_tok is 5, but there are 4 experts"),
+        (
+            {"text_moe": {"num_experts": 4, "num_experts_per_tok": 5}},
+            "text_moe.num_experts_per_tok is 5, but there are 4 experts",
+        ),
         ({"vision_moe": {"num_experts_per_tok": 0}}, "vision_moe.num_experts_per_tok is 0"),
         ({"text_moe": {"num_experts": 0}}, "text_moe.num_experts is 0"),
         ({"text_moe": {"num_experts": "four"}}, "text_moe: .*num_experts"),

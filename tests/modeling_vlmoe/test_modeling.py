@@ -67,14 +67,20 @@ def test_raises_when_the_llm_parent_is_sparse_already(parents, tmp_path):
     sizes = {k: v for k, v in tiny.TEXT_FIELDS.items() if k != "tie_word_embeddings"}
     from transformers import AutoConfig
 
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", num_local_experts=2, **sizes)).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", num_local_experts=2, **sizes)).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(ValueError, match="is a mixtral, which is sparse already"):
         upcycled(parents, tmp_path, "siglip")
 
 
-@pytest.mark.parametrize("sparse_parts", [(), ("text",), ("vision",), ("connector",), ("text", "vision", "connector")], ids=str)
+@pytest.mark.parametrize(
+    "sparse_parts", [(), ("text",), ("vision",), ("connector",), ("text", "vision", "connector")], ids=str
+)
 def test_each_part_is_dense_or_sparse_and_reloads_bit_equal(tmp_path, sparse_parts):
-    model = sparse_model(**{f"{part}_moe": EXPERTS if part in sparse_parts else None for part in ("text", "vision", "connector")})
+    model = sparse_model(
+        **{f"{part}_moe": EXPERTS if part in sparse_parts else None for part in ("text", "vision", "connector")}
+    )
     inputs = batch((1, 2))
     out = model(**inputs, output_router_logits=True)
     assert (out.router_logits is not None) == ("text" in sparse_parts)
@@ -191,7 +197,9 @@ def reloaded(model):
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, reloaded, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "save", "pickle"])
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, reloaded, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "save", "pickle"]
+)
 def test_copies_of_the_object_compute_the_same(again):
     model, inputs = sparse_model(), batch()
     wanted = model(**inputs, output_router_logits=True)
@@ -280,13 +288,21 @@ def test_only_kept_positions_get_logits():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pixel_values": None, "mm_encoder_outputs": None, "inputs_embeds": torch.zeros(2, 3, 32)}, "exactly one of input_ids"),
+        (
+            {"pixel_values": None, "mm_encoder_outputs": None, "inputs_embeds": torch.zeros(2, 3, 32)},
+            "exactly one of input_ids",
+        ),
         ({"pixel_values": torch.zeros(1, 3, 24, 24)}, "holds 18 image tokens .* but the images give 9 features"),
     ],
 )
 def test_raises_when_inputs_do_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
         sparse_model()(**(batch() | change))
+
+
+def test_raises_when_the_image_token_is_not_known():
+    with pytest.raises(ValueError, match="image_token_id is not set"):
+        sparse_model(image_token_id=None)(**batch())
 
 
 def test_raises_when_images_come_twice():

@@ -86,7 +86,9 @@ def oracle_gradients(model, inputs, scale=1.0):
         logits = x @ weight.T
         index = logits.softmax(-1).topk(moe.num_experts_per_tok).indices
         mask = inputs["attention_mask"].reshape(-1) if part_of(name) == "text" else torch.ones(len(x))
-        loss = moe.router_aux_loss_coef * loop_balance(logits, index, mask) + moe.router_z_loss_coef * loop_z(logits, mask)
+        loss = moe.router_aux_loss_coef * loop_balance(logits, index, mask) + moe.router_z_loss_coef * loop_z(
+            logits, mask
+        )
         (scale * loss / counts[part_of(name)]).backward()
         found[name] = weight.grad
     return found
@@ -132,7 +134,9 @@ def test_the_losses_reach_the_router_when_a_trainer_makes_its_own_loss(training)
     """TRL calls the base model and builds the loss from its outputs."""
     model, inputs = training
     wanted = oracle_gradients(model, inputs)[LAST]
-    found = last_layers_gradient(model, LAST, lambda: model.model(**inputs).last_hidden_state.square().mean().backward())
+    found = last_layers_gradient(
+        model, LAST, lambda: model.model(**inputs).last_hidden_state.square().mean().backward()
+    )
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
@@ -189,7 +193,9 @@ def test_reported_losses_are_per_layer_and_weighted_in_aux_loss(training):
     }
     assert not out.aux_loss.requires_grad
     weights = torch.tensor([0.7, 0.3])
-    torch.testing.assert_close(out.aux_loss, sum((losses.mean(0) * weights).sum() for losses in out.router_losses.values()))
+    torch.testing.assert_close(
+        out.aux_loss, sum((losses.mean(0) * weights).sum() for losses in out.router_losses.values())
+    )
 
 
 def test_coefficients_are_read_live_from_text_config(training):
@@ -212,4 +218,7 @@ def test_reported_router_logits_carry_no_gradient(training):
     """A trainer's own auxiliary term, built from them, adds nothing to the router's gradient."""
     model, inputs = training
     out = model(**inputs, output_router_logits=True)
-    assert all(not logits.requires_grad for logits in (*out.router_logits, *out.vision_router_logits, *out.connector_router_logits))
+    assert all(
+        not logits.requires_grad
+        for logits in (*out.router_logits, *out.vision_router_logits, *out.connector_router_logits)
+    )

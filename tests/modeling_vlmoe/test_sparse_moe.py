@@ -37,13 +37,23 @@ class FusedMLP(nn.Module):
 class PlainMLP(nn.Module):
     def __init__(self, bias, out=8):
         super().__init__()
-        self.fc1, self.fc2, self.activation_fn = nn.Linear(8, 12, bias=bias), nn.Linear(12, out, bias=bias), ACT2FN["gelu"]
+        self.fc1, self.fc2, self.activation_fn = (
+            nn.Linear(8, 12, bias=bias),
+            nn.Linear(12, out, bias=bias),
+            ACT2FN["gelu"],
+        )
 
     def forward(self, x):
         return self.fc2(self.activation_fn(self.fc1(x)))
 
 
-MLPS = {"gated": GatedMLP, "fused": FusedMLP, "plain": PlainMLP, "wider": lambda b: PlainMLP(b, 11), "narrower": lambda b: PlainMLP(b, 5)}
+MLPS = {
+    "gated": GatedMLP,
+    "fused": FusedMLP,
+    "plain": PlainMLP,
+    "wider": lambda b: PlainMLP(b, 11),
+    "narrower": lambda b: PlainMLP(b, 5),
+}
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
@@ -116,7 +126,10 @@ def test_router_scores_in_float32_under_autocast_and_in_bf16():
     ("change", "message"),
     [
         (lambda m: setattr(m, "fc3", nn.Linear(2, 2)), "match none of the known MLP layouts"),
-        (lambda m: setattr(m, "dropout", nn.Dropout(0.1)), r"computes more than its Linears and its activation: dropout"),
+        (
+            lambda m: setattr(m, "dropout", nn.Dropout(0.1)),
+            r"computes more than its Linears and its activation: dropout",
+        ),
         (lambda m: setattr(m, "norm", nn.LayerNorm(12)), r"norm \(LayerNorm\)"),
         (lambda m: setattr(m.fc1, "bias", None), r"bias in \['fc2'\] only"),
         (lambda m: delattr(m, "activation_fn"), "no activation under any of the names"),

@@ -36,7 +36,9 @@ def test_made_sparse_in_place_a_tower_computes_the_same(family):
 
 
 MUTANTS = {
-    "an expert swapped": lambda block: block.experts.down_proj.data[0].copy_(block.experts.down_proj.data[0].roll(1, 0)),
+    "an expert swapped": lambda block: block.experts.down_proj.data[0].copy_(
+        block.experts.down_proj.data[0].roll(1, 0)
+    ),
     "up rows swapped": lambda block: stack(block).data.copy_(stack(block).data.roll(stack(block).shape[1] // 2, 1)),
     "renorm off": lambda block: setattr(block.router.moe, "norm_topk_prob", False),
     "a bias dropped": lambda block: block.experts.up_proj_bias.data.zero_(),
@@ -92,7 +94,9 @@ def test_raises_when_a_tower_has_no_layers():
 
 
 def test_only_the_pooling_head_is_left_out_of_siglips_mlps():
-    assert [mlp.path for mlp in find_dense_mlps(tiny.vision_model("siglip"))] == [f"encoder.layers.{i}.mlp" for i in range(4)]
+    assert [mlp.path for mlp in find_dense_mlps(tiny.vision_model("siglip"))] == [
+        f"encoder.layers.{i}.mlp" for i in range(4)
+    ]
 
 
 def test_class_tokens_are_found():

@@ -23,7 +23,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def main(mode: str, folder: str) -> None:
     torch.set_num_threads(1)
-    split = VLMoEForConditionalGeneration.from_pretrained(folder, distributed_config=DistributedConfig(**SIZES[mode])).train()
+    split = VLMoEForConditionalGeneration.from_pretrained(
+        folder, distributed_config=DistributedConfig(**SIZES[mode])
+    ).train()
     alone = VLMoEForConditionalGeneration.from_pretrained(folder).train()
     wrapped = [type(module).__name__ for module in split.modules() if type(module).__name__.startswith("FSDP")]
     layers = [*split.model.language_model.layers, *split.model.vision_tower.encoder.layers]
@@ -45,7 +47,9 @@ def main(mode: str, folder: str) -> None:
             other = alone.get_parameter(name).grad
             assert (parameter.grad is None) == (other is None), name
             if other is not None:
-                torch.testing.assert_close(whole(parameter.grad), other, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(
+                    whole(parameter.grad), other, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+                )
         for model in (split, alone):
             torch.optim.SGD(model.parameters(), lr=0.1).step()
             model.zero_grad()

@@ -1,0 +1,39 @@
+# The two commands: `make demo` runs the main job end to end, `make test` checks everything. Each sets itself up.
+PYTHON ?= python3
+# torch goes in first and alone: a plain dependency would bring gigabytes of GPU libraries to a machine without one.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO_DIR ?= demo-output
+SEED ?= 0
+
+.PHONY: demo test test-slow lint format clean
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/vlmoe demo --output-dir $(DEMO_DIR) --seed $(SEED) --force
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy modeling_vlmoe
+	$(BIN)/mypy conversion finetune benchmarks
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf $(VENV) $(DEMO_DIR) build dist *.egg-info
