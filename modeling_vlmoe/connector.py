@@ -2,6 +2,7 @@
 2405.05949).
 """
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -47,6 +48,11 @@ class VLMoEConnector(nn.Module):
             block.experts.copy_dense(dense, find_layout(dense, "connector.mlp"))
             mark_initialized(block.experts)
         self.mlp = block
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the features are cast to: towers may come in different precisions."""
+        return self.mlp.experts.down_proj.dtype if isinstance(self.mlp, SparseMoE) else self.mlp.linear_2.weight.dtype
 
     def forward(
         self, features: Tensor, context: RouterContext | None = None

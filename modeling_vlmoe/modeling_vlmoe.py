@@ -193,7 +193,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
         layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else list(vision_feature_layer or ())
         first = 1 if vision_feature_select_strategy == "default" else 0
         features = torch.cat([outputs.hidden_states[layer][:, first:] for layer in layers], dim=-1)
-        embeddings, logits, losses = self.connector(features, router_context)
+        embeddings, logits, losses = self.connector(features.to(self.connector.dtype), router_context)
         outputs.pooler_output = list(embeddings)
         if logits is not None:
             outputs["connector_router_logits"] = (logits,)
@@ -436,6 +436,7 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         self.lm_head = text.get_output_embeddings()
         mark_initialized(self.lm_head)
         body.connector = VLMoEConnector(config).to(text.dtype).to(text.device)
+        self.generation_config = text.generation_config
         self.post_init()
         body.post_init()
         install_recorders(body)
