@@ -52,7 +52,9 @@ class VLMoEConnector(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What the features are cast to: towers may come in different precisions."""
-        return self.mlp.experts.down_proj.dtype if isinstance(self.mlp, SparseMoE) else self.mlp.linear_2.weight.dtype
+        if isinstance(self.mlp, SparseMoE):
+            return self.mlp.experts.down_proj.dtype
+        return self.mlp.get_parameter("linear_2.weight").dtype
 
     def forward(
         self, features: Tensor, context: RouterContext | None = None

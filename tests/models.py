@@ -17,7 +17,9 @@ def sparse_config(text: str = "llama", vision: str = "siglip", **fields) -> VLMo
     return VLMoEConfig(text_config=tiny.text_config(text), vision_config=tiny.vision_config(vision), **parts)
 
 
-def sparse_model(text: str = "llama", vision: str = "siglip", seed: int = 0, **fields) -> VLMoEForConditionalGeneration:
+def sparse_model(
+    text: str = "llama", vision: str = "siglip", seed: int = 0, **fields
+) -> VLMoEForConditionalGeneration:
     """All three parts sparse with unlike experts, every parameter redrawn."""
     return tiny.redraw(VLMoEForConditionalGeneration(sparse_config(text, vision, **fields)), seed).eval()
 
@@ -56,7 +58,10 @@ def batch(num_images: tuple[int, ...] = (1, 1), num_text: int = 7, padding_side:
 def single(inputs: dict[str, Tensor], num_images: tuple[int, ...], row: int) -> dict[str, Tensor]:
     """One row of a batch alone, without its padding."""
     real = inputs["attention_mask"][row].bool()
-    alone = {"input_ids": inputs["input_ids"][row, real][None], "attention_mask": inputs["attention_mask"][row, real][None]}
+    alone = {
+        "input_ids": inputs["input_ids"][row, real][None],
+        "attention_mask": inputs["attention_mask"][row, real][None],
+    }
     if num_images[row]:
         first = sum(num_images[:row])
         alone["pixel_values"] = inputs["pixel_values"][first : first + num_images[row]]

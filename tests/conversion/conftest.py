@@ -38,8 +38,14 @@ def arguments(parents, tmp_path):
     """The arguments of a Llama + SigLIP upcycling into `tmp_path / "out"`, changed as asked."""
 
     def make(**changes) -> UpcycleArguments:
-        given = {"text_model": parents / "llama", "vision_model": parents / "siglip", "output_dir": tmp_path / "out"} | changes
-        return UpcycleArguments(**{key: str(value) if isinstance(value, Path) else value for key, value in given.items()})
+        given = {
+            "text_model": parents / "llama",
+            "vision_model": parents / "siglip",
+            "output_dir": tmp_path / "out",
+        } | changes
+        return UpcycleArguments(
+            **{key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
+        )
 
     return make
 

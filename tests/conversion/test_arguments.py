@@ -24,7 +24,13 @@ def test_raises_when_a_key_is_unknown():
 
 @pytest.mark.parametrize(
     ("values", "expected"),
-    [({"seed": "0"}, "int"), ({"force": 1}, "yes or no"), ({"text_model": 3}, "str"), ({"text_experts": True}, "int"), ({"seed": None}, "int")],
+    [
+        ({"seed": "0"}, "int"),
+        ({"force": 1}, "yes or no"),
+        ({"text_model": 3}, "str"),
+        ({"text_experts": True}, "int"),
+        ({"seed": None}, "int"),
+    ],
 )
 def test_raises_when_a_value_has_another_type(values, expected):
     with pytest.raises(ValueError, match=f"r.yaml: {next(iter(values))} is .*expected {expected}"):
@@ -42,7 +48,9 @@ def test_raises_when_there_is_no_recipe(tmp_path):
         read_recipe(tmp_path / "r.yaml")
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("- a", "not a mapping"), ("", "not a mapping")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("- a", "not a mapping"), ("", "not a mapping")]
+)
 def test_raises_when_a_recipe_cannot_be_read(tmp_path, text, message):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):

@@ -26,7 +26,9 @@ def test_what_is_drawn_depends_on_seed_and_name_only():
 
 
 def test_a_drawn_connector_is_normal_with_zero_bias():
-    connector = DrawnConnector({"linear_1.weight": (300, 200), "linear_1.bias": (300,)}, seed=0, std=0.02, dtype=torch.bfloat16)
+    connector = DrawnConnector(
+        {"linear_1.weight": (300, 200), "linear_1.bias": (300,)}, seed=0, std=0.02, dtype=torch.bfloat16
+    )
     assert connector.names == ["linear_1.weight", "linear_1.bias"]
     weight = connector.tensor("linear_1.weight")
     assert weight.dtype == torch.bfloat16

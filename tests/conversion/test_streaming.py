@@ -5,7 +5,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modeling_vlmoe.conversion.streaming import CheckpointReader, TensorSpec, cast_blocks, plan_shards, write_checkpoint
+from modeling_vlmoe.conversion.streaming import (
+    CheckpointReader,
+    TensorSpec,
+    cast_blocks,
+    plan_shards,
+    write_checkpoint,
+)
 from tests import tiny
 
 
@@ -25,7 +31,7 @@ def write(folder, tensors, **options):
     return write_checkpoint(folder, specs, lambda name: [tensors[name]], **options)
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 60, 1])
+@pytest.mark.parametrize("shard_bytes", [10**9, 90, 1])
 def test_what_is_written_is_read_back_by_safetensors_and_by_us(tmp_path, shard_bytes):
     tensors = some_tensors()
     hashes = write(tmp_path / "x", tensors, max_shard_bytes=shard_bytes)
@@ -41,7 +47,7 @@ def test_what_is_written_is_read_back_by_safetensors_and_by_us(tmp_path, shard_b
 
 
 def test_shards_are_named_as_the_host_names_them_and_have_an_index(tmp_path):
-    write(tmp_path / "x", some_tensors(), max_shard_bytes=60)
+    write(tmp_path / "x", some_tensors(), max_shard_bytes=90)
     index = json.loads((tmp_path / "x" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {f"model-{i:05d}-of-00002.safetensors" for i in (1, 2)}
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in some_tensors().values())
@@ -102,14 +108,14 @@ def test_raises_when_a_file_is_empty(tmp_path):
 
 
 def test_raises_when_a_shard_is_missing(tmp_path):
-    write(tmp_path / "x", some_tensors(), max_shard_bytes=60)
+    write(tmp_path / "x", some_tensors(), max_shard_bytes=90)
     (tmp_path / "x" / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="names shards that are not in .*: model-00002-of-00002.safetensors"):
         CheckpointReader(tmp_path / "x")
 
 
 def test_raises_when_the_index_names_a_tensor_that_no_shard_holds(tmp_path):
-    write(tmp_path / "x", some_tensors(), max_shard_bytes=60)
+    write(tmp_path / "x", some_tensors(), max_shard_bytes=90)
     index = tmp_path / "x" / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     content["weight_map"]["nowhere"] = "model-00001-of-00002.safetensors"

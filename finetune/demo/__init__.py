@@ -1,0 +1,1 @@
+"""The demo: small pretrained parents, made on the spot, become a sparse vision-language model within minutes."""
