@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 from .configuration_vlmoe import VLMoEConfig
 from .mlp_layouts import find_layout
 from .router_losses import RouterContext
-from .sparse_moe import SparseMoE
+from .sparse_moe import Experts, SparseMoE
 from .towers import mark_initialized
 
 
@@ -52,9 +52,13 @@ class VLMoEConnector(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What the features are cast to: towers may come in different precisions."""
-        if isinstance(self.mlp, SparseMoE):
-            return self.mlp.experts.down_proj.dtype
-        return self.mlp.get_parameter("linear_2.weight").dtype
+        # Searched for, because adapters wrap experts and Linears.
+        for module in self.mlp.modules():
+            if isinstance(module, Experts):
+                return module.down_proj.dtype
+            if isinstance(module, nn.Linear):
+                return module.weight.dtype
+        raise AssertionError("a connector has experts or Linears")
 
     def forward(
         self, features: Tensor, context: RouterContext | None = None

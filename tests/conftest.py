@@ -14,6 +14,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,27 @@ def _caches():
 def _seeded():
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
+
+
+class _Deprecations(logging.Handler):
+    """Collects what transformers logs, rather than warns, about deprecated use."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecat" in record.getMessage().lower():
+            self.messages.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def _no_deprecated_use():
+    handler = _Deprecations()
+    transformers.utils.logging.add_handler(handler)
+    yield
+    transformers.utils.logging.remove_handler(handler)
+    assert not handler.messages, handler.messages
 
 
 @pytest.fixture

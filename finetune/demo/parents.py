@@ -4,13 +4,11 @@ They stand in for what a user downloads: each is pretrained alone, on training s
 are. Neither is saved below `min_parent_accuracy` on held-out scenes: an LLM that cannot bind an object to its colour
 and place in words does not learn it from pictures in minutes.
 
-    python -m modeling_vlmoe.finetune.demo.parents text --output-dir parents/text --seed 0
-    python -m modeling_vlmoe.finetune.demo.parents vision --output-dir parents/vision --seed 0
+    >>> pretrain_text(Path("parents/text"), DemoSettings(seed=0))
+    0.99
 """
 
-import json
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,6 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
-    HfArgumentParser,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -381,26 +378,3 @@ def pretrain_vision(output_dir: Path, settings: DemoSettings) -> float:
     model.vision.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     return accuracy
-
-
-PARENTS = {"text": pretrain_text, "vision": pretrain_vision}
-
-
-def main() -> None:
-    """Pretrains one parent in one thread and prints its accuracy and time as one line of JSON."""
-    logging.basicConfig(level=logging.INFO)
-    torch.set_num_threads(1)
-    parser = HfArgumentParser(DemoSettings, description=main.__doc__)  # type: ignore[arg-type]  # its alias wants an instance
-    parser.add_argument("parent", choices=list(PARENTS))
-    parser.add_argument("--output-dir", type=Path, required=True)
-    settings, others = parser.parse_args_into_dataclasses()
-    started = time.perf_counter()
-    try:
-        accuracy = PARENTS[others.parent](others.output_dir, settings)
-    except ValueError as error:
-        parser.exit(2, f"{error}\n")
-    print(json.dumps({"parent": others.parent, "accuracy": accuracy, "seconds": time.perf_counter() - started}))
-
-
-if __name__ == "__main__":
-    main()

@@ -31,6 +31,10 @@ class DemoSettings:
     vision_batch_size: int = _field(64, "Pictures per pretraining step of the ViT.")
     vision_learning_rate: float = _field(1e-3, "Peak learning rate of the ViT's pretraining.")
 
+    text_experts: int = _field(8, "Experts per layer of the LLM, top-2.")
+    vision_experts: int = _field(4, "Experts per sparse layer of the ViT, top-2.")
+    connector_experts: int = _field(4, "Experts of the connector, top-2.")
+
     num_align: int = _field(4800, "Rows of the stage that trains the connector alone.")
     align_describe_share: float = _field(
         0.5, "Share of them that ask to describe the picture; the others are questions."

@@ -81,3 +81,22 @@ def write_dataset(output_dir: Path, settings: DemoSettings) -> None:
     write_split(output_dir, "align", [align[i] for i in rng.permutation(len(align))], rng)
     write_split(output_dir, "train", train_bank.balanced(settings.num_train, rng), rng)
     write_split(output_dir, "test", test_bank.balanced(settings.num_test, rng), rng)
+
+
+def write_blind(source: Path, target: Path) -> Path:
+    """Writes a split again without its pictures: what can be learnt from the questions alone.
+
+    Args:
+        source: JSON lines file of a split.
+        target: JSON lines file to write.
+
+    Returns:
+        The target.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open(encoding="utf-8") as rows, target.open("w", encoding="utf-8") as file:
+        for row in map(json.loads, rows):
+            user, *rest = row["messages"]
+            words = [part for part in user["content"] if part["type"] == "text"]
+            file.write(json.dumps(row | {"messages": [user | {"content": words}, *rest], "images": []}) + "\n")
+    return target

@@ -1,0 +1,40 @@
+"""Fine-tuning a vlmoe model: `finetune(FinetuneArguments(...))`, behind `vlmoe finetune recipe.yaml [key=value ...]`.
+
+Names are looked up on first use, so that a command's help need not import torch.
+"""
+
+import sys
+from importlib import import_module
+
+_HOMES = {
+    "ChatCollator": "collator",
+    "FinetuneArguments": "arguments",
+    "RouterLoad": "router_load",
+    "RouterLoadCallback": "callbacks",
+    "VQAExactMatch": "metrics",
+    "build_trainer": "train",
+    "evaluate_vqa": "evaluation",
+    "finetune": "train",
+    "load_chat_data": "data",
+    "load_finetuned": "checkpoints",
+    "lora_config": "adapters",
+    "majority_baseline": "evaluation",
+    "merge_adapter": "checkpoints",
+    "parse_recipe": "arguments",
+    "prepare_model": "adapters",
+    "save_finetuned": "checkpoints",
+    "shuffled_images": "evaluation",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    setattr(sys.modules[__name__], name, value)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,224 @@
+"""A recipe becomes arguments: one flat namespace of our fields and `TrainingArguments`', read by the host's parser.
+
+>>> parse_recipe("lora", ["model=my-vlmoe", "data=qa.jsonl", "output_dir=tuned", "learning_rate=1e-4"])
+FinetuneArguments(method='lora', ...)
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import is_tensorboard_available
+
+from .settings import LORA_PARTS, LORA_TARGETS, METHODS, FinetuneSettings
+
+SETTINGS_NAME = "finetune_settings.yaml"
+REQUIRED = ("model", "data", "output_dir")
+
+
+@dataclass
+class FinetuneArguments(FinetuneSettings, TrainingArguments):
+    """Everything a fine-tuning run is told; the fields of `FinetuneSettings` and of transformers' `TrainingArguments`.
+
+    Raises:
+        ValueError: for values that cannot work, before anything is loaded.
+    """
+
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Has to stay off: the collator reads the columns `messages` and `images`."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_names is None:
+            self.label_names = ["labels"]  # the host looks in the signature of the PEFT wrapper, where there are none
+        if self.use_cpu or not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # the host would warn that there is nothing to pin for
+        self._check_choices()
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns is on, but the collator reads the columns it would remove; leave it out."
+            )
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}; expected 1 or more, or nothing.")
+        if "tensorboard" in (self.report_to or ()) and not is_tensorboard_available():
+            raise ValueError(
+                "report_to names tensorboard, which is not installed: pip install 'vlmoe[train]', or report_to=none."
+            )
+
+    def _check_choices(self) -> None:
+        """Refuses unknown words, and numbers out of range, of the adapter's settings."""
+        for name, known in (("lora_parts", LORA_PARTS), ("lora_targets", LORA_TARGETS)):
+            given = getattr(self, name)
+            if not given or (unknown := [word for word in given if word not in known]):
+                raise ValueError(
+                    f"{name} is {given}; expected some of {', '.join(known)}."
+                    + _nearest(unknown if given else [], known)
+                )
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; expected one of {', '.join(METHODS)}.")
+        if self.lora_r < 1:
+            raise ValueError(f"lora_r is {self.lora_r}; expected 1 or more.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}; expected 0 or more, below 1.")
+
+    @property
+    def folder(self) -> Path:
+        """Where the result goes."""
+        return Path(str(self.output_dir))
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """How the model is read: `revision` and `trust_remote_code`, for every `from_pretrained`."""
+        return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
+
+    def settings(self) -> dict[str, Any]:
+        """The resolved recipe: our fields, and of `TrainingArguments` what differs from its defaults."""
+        own = {item.name: _plain(getattr(self, item.name)) for item in fields(FinetuneSettings)}
+        host = {
+            item.name: _plain(getattr(self, item.name)) for item in fields(self) if item.name not in (*own, *_DERIVED)
+        }
+        defaults = {item.name: _plain(_default(item)) for item in fields(self)}
+        return own | {name: value for name, value in host.items() if value != defaults[name]}
+
+
+# What TrainingArguments resolves for itself on the machine that runs.
+_DERIVED = (
+    "accelerator_config",
+    "dataloader_pin_memory",
+    "debug",
+    "deepspeed_plugin",
+    "disable_tqdm",
+    "fsdp_config",
+    "gradient_checkpointing",  # the old name of activation_checkpointing, which the host fills in
+    "gradient_checkpointing_kwargs",
+    "hub_token",
+    "label_names",
+    "local_rank",
+)
+
+
+def _default(item: Field) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as YAML can hold it."""
+    value = getattr(value, "value", value)
+    return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else str(value)
+
+
+def _nearest(words: Iterable[str], known: Iterable[str]) -> str:
+    """A hint at the known names nearest to unknown ones."""
+    hints = [
+        f"{near[0]!r} for {word!r}" for word in words if (near := get_close_matches(str(word), list(known), 1, 0.5))
+    ]
+    return f" Did you mean {', '.join(hints)}?" if hints else ""
+
+
+class _Parser(HfArgumentParser):
+    """The host's parser, whose errors are the caller's to show."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message.replace("argument --", "").split("/--")[0] + _after_alias(message))
+
+
+def _after_alias(message: str) -> str:
+    """What argparse says behind the option's names, as in `argument --lora_r/--lora-r: invalid int value: 'x'`."""
+    return f":{message.partition(':')[2]}" if "/--" in message else ""
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes of the package by name."""
+    folder = Path(str(files("modeling_vlmoe.finetune.recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_recipe(recipe: str | Path) -> dict[str, Any]:
+    """The settings of a recipe, given by path or by the name of a shipped one.
+
+    Raises:
+        ValueError: if there is no such recipe, or it is not a mapping.
+    """
+    shipped = shipped_recipes()
+    path = shipped[str(recipe)] if str(recipe) in shipped else Path(recipe)
+    if not path.is_file():
+        raise ValueError(f"There is no recipe {recipe}: expected a YAML file, or one of {', '.join(shipped)}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a mapping of settings to values.")
+    return values
+
+
+def read_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """The settings in `key=value` words; values are read as YAML.
+
+    Raises:
+        ValueError: for a word that is not of this form.
+    """
+    values = {}
+    for word in overrides:
+        key, equals, value = word.partition("=")
+        if not (key and equals):
+            raise ValueError(f"{word!r} is not of the form key=value.")
+        try:
+            values[key.removeprefix("--").replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            values[key.removeprefix("--").replace("-", "_")] = value
+    return values
+
+
+def parse_settings(values: dict[str, Any], origin: str = "the settings") -> FinetuneArguments:
+    """Arguments from plain values; None leaves a field at its default.
+
+    Raises:
+        ValueError: for unknown keys, with the nearest known names, and for values of the wrong type.
+    """
+    known = {item.name: item for item in fields(FinetuneArguments) if item.init}
+    if unknown := sorted(map(str, set(values) - set(known))):
+        raise ValueError(f"{origin} has unknown keys: {', '.join(unknown)}.{_nearest(unknown, known)}")
+    given = {name: value for name, value in values.items() if value is not None}
+    if missing := [name for name in REQUIRED if not given.get(name)]:
+        raise ValueError(f"{origin} does not say {', '.join(missing)}; give for example {missing[0]}=...")
+    words = []
+    for name, value in given.items():
+        if value is False and "bool" not in str(known[name].type):
+            value = "no"  # YAML reads `eval_strategy: no` as false
+        if isinstance(value, str) and "list[str]" in str(known[name].type):
+            value = [part.strip() for part in value.split(",")]
+        words += [f"--{name}", *_words(value)] if isinstance(value, list) else [f"--{name}={_words(value)[0]}"]
+    parser = _Parser(cast(Any, FinetuneArguments), allow_abbrev=False)
+    try:
+        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)[0]
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+
+
+def _words(value: Any) -> list[str]:
+    """A value as command-line words."""
+    if isinstance(value, list):
+        return [str(part) for part in value]
+    return [json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def parse_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> FinetuneArguments:
+    """The arguments of a recipe, with `key=value` overrides.
+
+    Args:
+        recipe: a YAML file, or the name of a shipped recipe.
+        overrides: `key=value` words.
+
+    Raises:
+        ValueError: naming the key or the value that is wrong.
+    """
+    return parse_settings(read_recipe(recipe) | read_overrides(overrides), f"Recipe {recipe}")

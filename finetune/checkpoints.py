@@ -1,0 +1,186 @@
+"""What a run leaves behind, how it is loaded again, and how an adapter is merged.
+
+`align` writes a full checkpoint, `lora` an adapter in PEFT's form; both with the processor and with the receipt of the
+upcycling they started from, where there is one.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
+
+from .arguments import SETTINGS_NAME, FinetuneArguments
+
+RECEIPT_NAME = "upcycle_receipt.json"
+MAX_SHARD_SIZE = "5GB"
+
+
+def load_base(
+    model: str,
+    dtype: str = "auto",
+    experts_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model to tune, through the Auto classes.
+
+    Raises:
+        ValueError: if there is none, or it is not a vlmoe model.
+    """
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    check_base(load_base_config(model, revision, trust_remote_code), model)
+    kernel = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
+    return AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, **kernel, **hub)
+
+
+def load_base_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The configuration of the model to tune.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if Path(model).is_dir() and not (Path(model) / CONFIG_NAME).is_file():
+        hint = ""
+        if (Path(model) / ADAPTER_CONFIG_NAME).is_file():
+            hint = " It holds an adapter: merge it first, and tune the merged model."
+        raise ValueError(f"The folder {model} has no {CONFIG_NAME}.{hint}")
+    try:
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(f"model {model} is neither a folder nor can it be had from the Hub: {error}") from error
+
+
+def check_base(config: Any, model: str) -> None:
+    """Refuses other architectures."""
+    if config.model_type != "vlmoe":
+        raise ValueError(
+            f"model {model} is a {config.model_type} model; expected a vlmoe one, as `vlmoe upcycle` writes it."
+        )
+
+
+def load_processor(model: str, config: Any, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's processor.
+
+    Raises:
+        ValueError: if there is none, or it is another model's.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(f"model {model} has no processor: {error}") from error
+    check_processor(processor, config)
+    return processor
+
+
+def check_processor(processor: Any, config: Any) -> None:
+    """Refuses a processor whose image token is not the model's.
+
+    Raises:
+        ValueError: saying both.
+    """
+    if getattr(processor, "image_token_id", None) != config.image_token_id:
+        raise ValueError(
+            f"The processor's image token is {getattr(processor, 'image_token_id', None)}, but the model's "
+            f"image_token_id is {config.image_token_id}; give the model the processor it was converted with."
+        )
+
+
+def copy_receipt(base: str, folder: Path, revision: str | None = None) -> None:
+    """Takes the receipt of the upcycling along, from a folder or the Hub, where the model has one."""
+    found = cached_file(
+        base,
+        RECEIPT_NAME,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found is not None:
+        shutil.copyfile(found, folder / RECEIPT_NAME)
+
+
+def save_finetuned(
+    model: PreTrainedModel | PeftModel, processor: Any, folder: str | Path, args: FinetuneArguments
+) -> Path:
+    """Writes the adapter or the full model, the processor, the receipt and the resolved recipe."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder))
+    else:
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    processor.save_pretrained(folder)
+    if args.model:
+        copy_receipt(args.model, folder, args.model_revision)
+    settings = yaml.safe_dump(args.settings(), sort_keys=False, allow_unicode=True)
+    (folder / SETTINGS_NAME).write_text(settings, encoding="utf-8")
+    return folder
+
+
+def adapter_base(folder: str | Path) -> tuple[str, str | None]:
+    """The model that an adapter belongs to, as the adapter names it, and its revision.
+
+    Raises:
+        ValueError: if it names none, or a folder that is not there.
+    """
+    config = PeftConfig.from_pretrained(str(folder))
+    base = config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"The adapter {folder} does not say which model it belongs to; give base_model.")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise ValueError(f"The adapter {folder} belongs to the model {base}, which is not there; give base_model.")
+    return base, config.revision
+
+
+def load_finetuned(
+    folder: str | Path, base_model: str | None = None, *, is_trainable: bool = False, **kwargs: Any
+) -> tuple[Any, Any]:
+    """Loads what `finetune` wrote.
+
+    Args:
+        folder: a full checkpoint or an adapter.
+        base_model: the adapter's model, where it is not where the adapter says.
+        is_trainable: whether an adapter is loaded to be trained further.
+        **kwargs: for the model's `from_pretrained`: dtype, experts_implementation, ...
+
+    Returns:
+        The model (a `PeftModel` for an adapter), in eval mode unless trainable, and the processor.
+    """
+    folder = Path(folder)
+    kwargs.setdefault("dtype", "auto")
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+        return AutoModelForImageTextToText.from_pretrained(folder, **kwargs), AutoProcessor.from_pretrained(folder)
+    name, revision = (base_model, kwargs.pop("revision", None)) if base_model else adapter_base(folder)
+    base = AutoModelForImageTextToText.from_pretrained(name, revision=revision, **kwargs)
+    model = PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def merge_adapter(adapter: str | Path, output_dir: str | Path, base_model: str | None = None, **kwargs: Any) -> Path:
+    """Writes the model with an adapter merged into it: a full checkpoint that needs no PEFT.
+
+    Args:
+        adapter: the adapter's folder, with its processor.
+        output_dir: the folder of the merged model; it has to be empty or new.
+        base_model: the adapter's model, where it is not where the adapter says.
+        **kwargs: for the model's `from_pretrained`.
+
+    Raises:
+        ValueError: if the output folder is not empty, or the adapter's model is not there.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"output_dir {output_dir} is not an empty folder; name another.")
+    model, processor = load_finetuned(adapter, base_model, **kwargs)
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"{adapter} holds no adapter, so there is nothing to merge.")
+    merged = model.merge_and_unload(safe_merge=True)
+    merged.save_pretrained(output_dir, max_shard_size=MAX_SHARD_SIZE)
+    processor.save_pretrained(output_dir)
+    for name in (RECEIPT_NAME, SETTINGS_NAME):
+        if (Path(adapter) / name).is_file():
+            shutil.copyfile(Path(adapter) / name, output_dir / name)
+    return output_dir

@@ -1,0 +1,173 @@
+"""How many tokens each expert got: counted where the model runs, from the routers' own choices.
+
+>>> with RouterLoad(model) as load:
+...     model(**batch)
+>>> load.counts[("text", 3)]  # (2, experts): rows are text tokens and image tokens
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modeling_vlmoe.router_losses import RouterLosses
+from modeling_vlmoe.towers import tower_layers
+
+from .adapters import TOWERS
+
+# A sparse layer: its part, and its index in the tower (None for the connector).
+Layer = tuple[str, int | None]
+TEXT, IMAGE = 0, 1
+
+
+def find_body(model: nn.Module) -> Any:
+    """The `VLMoEModel` inside a model, whatever is wrapped around it."""
+    for module in model.modules():
+        if all(hasattr(module, name) for name in (*TOWERS.values(), "connector")):
+            return module
+    raise ValueError(f"{type(model).__name__} holds no vlmoe model.")
+
+
+def find_routers(body: Any) -> dict[Layer, list[RouterLosses]]:
+    """The modules that see each sparse layer's routing; of a connector that PEFT trains, the copy too."""
+    found: dict[Layer, list[RouterLosses]] = {}
+    holders: list[tuple[Layer, nn.Module]] = [(("connector", None), body.connector)]
+    for part, name in TOWERS.items():
+        _, layers = tower_layers(getattr(body, name))
+        holders += [((part, index), layer) for index, layer in enumerate(layers)]
+    for key, holder in holders:
+        if routers := [module for module in holder.modules() if isinstance(module, RouterLosses)]:
+            found[key] = routers
+    return found
+
+
+@dataclass(frozen=True)
+class LoadSummary:
+    """One layer's load.
+
+    Attributes:
+        max_load: the largest share of assignments that one expert got; 1 / experts when even.
+        entropy: of the shares, divided by log(experts): 1 when even, 0 when one expert got all.
+        dead_experts: experts that got nothing.
+    """
+
+    max_load: float
+    entropy: float
+    dead_experts: int
+
+
+def summarize(count_E: Tensor) -> LoadSummary:
+    """A layer's load from its experts' counts, (experts,)."""
+    share_E = count_E.double() / count_E.sum().clamp(min=1)
+    num_experts = len(count_E)
+    entropy = torch.special.entr(share_E).sum() / torch.log(torch.tensor(float(max(num_experts, 2))))
+    return LoadSummary(share_E.max().item(), entropy.item(), int((count_E == 0).sum()))
+
+
+class RouterLoad:
+    """Counts the assignments of each expert while it is attached; padding is left out, by the attention mask.
+
+    Only what happens inside the model's forward counts, so a layer that gradient checkpointing runs again in backward
+    counts once. Image tokens are told from text tokens in the LLM; in ViT and connector all are image tokens. Each
+    process counts its own. Images that `generate` encodes before forward are not seen.
+
+    Args:
+        model: a vlmoe model, also wrapped by PEFT.
+        training_only: whether passes in eval mode are left out.
+
+    Attributes:
+        counts: per sparse layer, (2, experts): assignments of text tokens and of image tokens.
+        losses: per sparse layer, the sum of its (balance, z) losses and how many passes there were; in training only.
+    """
+
+    def __init__(self, model: nn.Module, training_only: bool = False):
+        self.body = find_body(model)
+        self.training_only = training_only
+        self.counts: dict[Layer, Tensor] = {}
+        self.losses: dict[Layer, tuple[Tensor, int]] = {}
+        self._handles: list[Any] = []
+        self._is_running = False
+        self._token_mask: Tensor | None = None
+        self._image_mask: Tensor | None = None
+
+    def attach(self) -> "RouterLoad":
+        """Starts counting."""
+        self.detach()
+        self._handles.append(self.body.register_forward_pre_hook(self._start, with_kwargs=True))
+        self._handles.append(self.body.register_forward_hook(self._stop, always_call=True))
+        for layer, routers in find_routers(self.body).items():
+            for router in routers:
+                self._handles.append(router.register_forward_hook(self._counter(layer)))
+        return self
+
+    def detach(self) -> None:
+        """Stops counting and removes every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._is_running = False
+
+    def reset(self) -> None:
+        """Forgets what was counted."""
+        self.counts.clear()
+        self.losses.clear()
+
+    def __enter__(self) -> "RouterLoad":
+        return self.attach()
+
+    def __exit__(self, *_: Any) -> None:
+        self.detach()
+
+    def summary(self) -> dict[Layer, LoadSummary]:
+        """Each layer's load, text and image tokens together."""
+        return {layer: summarize(count_ME.sum(0)) for layer, count_ME in sorted(self.counts.items(), key=str)}
+
+    def mean_losses(self) -> dict[Layer, Tensor]:
+        """Each layer's (balance, z) losses, averaged over the passes in training."""
+        return {layer: total / passes for layer, (total, passes) in self.losses.items()}
+
+    def _start(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._is_running = body.training or not self.training_only
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        is_image = kwargs.get("mm_token_type_ids")
+        if is_image is None and input_ids is not None:
+            is_image = input_ids == body.config.image_token_id
+        mask = kwargs.get("attention_mask")
+        self._image_mask = is_image
+        self._token_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def _stop(self, *_: Any) -> None:
+        self._is_running = False
+
+    def _counter(self, layer: Layer) -> Any:
+        @torch.no_grad()
+        def count(router: RouterLosses, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+            if not self._is_running:
+                return
+            num_experts, expert_TK = args[0].shape[-1], args[2]
+            kind_T, mask_T = self._kinds(layer, expert_TK)
+            cell_TK = kind_T[:, None] * num_experts + expert_TK
+            count_ME = torch.bincount(cell_TK[mask_T].reshape(-1), minlength=2 * num_experts).view(2, num_experts)
+            self.counts[layer] = self.counts[layer] + count_ME if layer in self.counts else count_ME
+            if output[2] is not None:
+                total, passes = self.losses.get(layer, (0, 0))
+                self.losses[layer] = (total + output[2], passes + 1)
+
+        return count
+
+    def _kinds(self, layer: Layer, expert_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """For each token that was routed: text or image, and whether it is real."""
+        num_tokens, device = expert_TK.shape[0], expert_TK.device
+        if layer[0] != "text":
+            kind_T = torch.full((num_tokens,), IMAGE, device=device)
+            return kind_T, torch.ones(num_tokens, dtype=torch.bool, device=device)
+        kind_T = torch.full((num_tokens,), TEXT, device=device)
+        if self._image_mask is not None and self._image_mask.numel() == num_tokens:
+            kind_T = self._image_mask.reshape(-1).to(device, torch.long).clamp(0, 1)
+        mask_T = torch.ones(num_tokens, dtype=torch.bool, device=device)
+        if self._token_mask is not None:
+            # With a cache the mask covers the past too; the last columns are this pass'.
+            num_columns = num_tokens // self._token_mask.shape[0]
+            mask_T = self._token_mask[:, -num_columns:].reshape(-1).to(device).bool()
+        return kind_T, mask_T

@@ -1,0 +1,62 @@
+"""What `vlmoe finetune` can be told beside `TrainingArguments`. No torch here: help reads these fields."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+METHODS = ("align", "lora")
+LORA_PARTS = ("text", "vision")
+LORA_TARGETS = ("attention", "experts", "mlp")
+
+
+def option(default: Any, help: str) -> Any:
+    """A field with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class FinetuneSettings:
+    """The fields of a recipe that are not `TrainingArguments`'."""
+
+    method: Literal["align", "lora"] = option(
+        "lora", "align: trains the connector, all else frozen; lora: LoRA in the towers."
+    )
+    model: str = option("", "The vlmoe model to tune: a folder or a Hub id.")
+    model_revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.")
+    trust_remote_code: bool = option(False, "Whether code that the model's folder or repository carries may run.")
+    dtype: str = option("auto", "The model's dtype while training: auto (as saved), float32, bfloat16 or float16.")
+    experts_implementation: str | None = option(None, "The experts' kernel; not given: transformers' choice.")
+
+    data: str = option(
+        "",
+        "A JSONL file of rows {messages, images}; a folder of train.jsonl and test.jsonl, or of an imagefolder or "
+        "parquet files with a column `messages`; or a Hub id.",
+    )
+    train_split: str = option("train", "The split of `data` to train on, where it is no single file.")
+    eval_data: str | None = option(None, "As `data`, to evaluate on; not given: `eval_split` of `data`.")
+    eval_split: str | None = option(
+        None, "The split to evaluate on; not given: no evaluation, or `eval_data`'s `test`."
+    )
+    max_length: int | None = option(
+        None, "Longest sample in tokens, image tokens counted; a longer one is an error, since images are never cut."
+    )
+
+    lora_parts: list[str] = field(
+        default_factory=lambda: ["text"], metadata={"help": f"Towers that get LoRA: {', '.join(LORA_PARTS)}."}
+    )
+    lora_targets: list[str] = field(
+        default_factory=lambda: list(LORA_TARGETS),
+        metadata={
+            "help": f"What gets LoRA there: {', '.join(LORA_TARGETS)} (mlp: dense MLPs, where a layer has one)."
+        },
+    )
+    lora_r: int = option(16, "Rank of LoRA; for experts, of each expert.")
+    lora_alpha: int = option(32, "LoRA's scale is lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Dropout before LoRA; 0 where experts are targets, PEFT has none there.")
+    train_routers: bool = option(True, "lora: whether the routers of `lora_parts` are trained, whole.")
+    train_connector: bool = option(False, "lora: whether the connector is trained, whole, its router and experts too.")
+    merge: bool = option(False, "lora: whether the merged model is written too, to OUTPUT_DIR/merged.")
+
+    router_aux_loss_coef: float | None = option(None, "Weight of the balance loss, all parts; not given: the model's.")
+    router_z_loss_coef: float | None = option(None, "Weight of the router z-loss, all parts; not given: the model's.")
+    log_router_load: bool = option(True, "Whether the experts' load per layer is logged.")
+    force: bool = option(False, "Whether an output folder that is not empty is emptied first.")

@@ -1,0 +1,195 @@
+"""Fine-tuning, top to bottom: recipe, checks, data, model, transformers' Trainer, result.
+
+>>> finetune(parse_recipe("lora", ["model=my-vlmoe", "data=qa.jsonl", "output_dir=tuned"]))
+PosixPath('tuned')
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .adapters import check_lora, prepare_model
+from .arguments import FinetuneArguments
+from .callbacks import log_router_load
+from .checkpoints import (
+    check_base,
+    check_processor,
+    load_base,
+    load_base_config,
+    load_processor,
+    merge_adapter,
+    save_finetuned,
+)
+from .collator import ChatCollator, check_lengths
+from .data import ROW, load_chat_data
+
+logger = logging.getLogger(__name__)
+
+MERGED = "merged"
+
+
+def check_output_folder(args: FinetuneArguments) -> None:
+    """Refuses a result folder that holds something else, and a resume where there is nothing to resume.
+
+    Raises:
+        ValueError: saying which.
+    """
+    folder = args.folder
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file.")
+    for name in ("model", "data", "eval_data"):
+        given = Path(getattr(args, name) or "").resolve()
+        if getattr(args, name) and folder.resolve() in (given, *given.parents):
+            raise ValueError(f"output_dir {folder} is or holds the {name} {given}; name another folder.")
+    if resume_point(args) is None and folder.is_dir() and any(folder.iterdir()) and not args.force:
+        raise ValueError(
+            f"output_dir {folder} is not empty. Name another folder, give resume_from_checkpoint=true to continue a "
+            "run, or force=true to empty it."
+        )
+
+
+def resume_point(args: FinetuneArguments) -> str | None:
+    """The checkpoint to continue from: "true" stands for the last one in the output folder.
+
+    Raises:
+        ValueError: if it is not there.
+    """
+    given = args.resume_from_checkpoint
+    if given is None or str(given).lower() in ("no", "false"):
+        return None
+    if str(given).lower() != "true":
+        if not Path(given).is_dir():
+            raise ValueError(f"resume_from_checkpoint is {given}, but there is no such folder.")
+        return str(given)
+    last = get_last_checkpoint(str(args.folder)) if args.folder.is_dir() else None
+    if last is None:
+        raise ValueError(f"resume_from_checkpoint is on, but {args.output_dir} holds no checkpoint.")
+    return last
+
+
+def load_datasets(args: FinetuneArguments) -> tuple[Dataset, Dataset | None]:
+    """The rows to train and to evaluate on.
+
+    Raises:
+        ValueError: naming the row that is wrong.
+    """
+    train = load_chat_data(args.data, args.train_split)
+    if args.eval_data is not None:
+        return train, load_chat_data(args.eval_data, args.eval_split or "test")
+    if args.eval_split is not None:
+        if Path(args.data).is_file():
+            raise ValueError(
+                f"eval_split is {args.eval_split}, but data is the single file {args.data}; give eval_data."
+            )
+        return train, load_chat_data(args.data, args.eval_split)
+    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
+        raise ValueError("eval_strategy is on, but there is nothing to evaluate on; give eval_data or eval_split.")
+    return train, None
+
+
+def check_all_have_images(rows: Dataset) -> None:
+    """Refuses text-only rows where only the connector is trained: a batch of them has nothing to learn from.
+
+    Raises:
+        ValueError: naming the first one.
+    """
+    if without := [row for row, images in zip(rows[ROW], rows["images"], strict=True) if not images]:
+        raise ValueError(
+            f"method align trains the connector alone, but {len(without)} rows have no image (the first is row "
+            f"{without[0]}); leave them out."
+        )
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    processor: Any,
+    train_dataset: Any,
+    args: FinetuneArguments,
+    eval_dataset: Any = None,
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+) -> Trainer:
+    """A Trainer over rows of chat data, with the recipe's parameters trainable and the experts' load logged.
+
+    Args:
+        model: a vlmoe model; `trainer.model` is a `PeftModel` around it for `lora`.
+        processor: its processor, which every checkpoint keeps.
+        train_dataset: rows as `load_chat_data` gives them, or a list of them.
+        args: the recipe.
+        eval_dataset: rows for `trainer.evaluate`, which gives the loss and what `compute_metrics` makes of the logits.
+        compute_metrics: as transformers' Trainer takes it.
+    """
+    check_lora_if_asked(model.config, args)
+    check_processor(processor, model.config)
+    trainer = Trainer(
+        model=prepare_model(model, args),
+        args=args,
+        data_collator=ChatCollator(processor, args.max_length),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        compute_metrics=compute_metrics,
+    )
+    if args.log_router_load:
+        log_router_load(trainer)
+    return trainer
+
+
+def check_lora_if_asked(config: Any, args: FinetuneArguments) -> None:
+    """Refuses early what PEFT would refuse late."""
+    if args.method == "lora":
+        check_lora(config, args)
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Trainable and all parameters."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+
+
+def finetune(args: FinetuneArguments) -> Path:
+    """Runs a recipe and writes its result to `args.output_dir`.
+
+    Returns:
+        The folder: a full checkpoint for `align`, an adapter for `lora` (with `merged/` in it if asked), the processor
+        and `finetune_settings.yaml`, beside the Trainer's own checkpoints and logs.
+
+    Raises:
+        ValueError: for whatever the user can mend, before training where it can be known.
+    """
+    if args.process_index == 0:  # other processes may find what this one has begun to write
+        check_output_folder(args)
+    if Path(args.model).is_dir():
+        args.model = str(Path(args.model).resolve())  # the adapter names it, and is read from other folders
+    config = load_base_config(args.model, **args.hub)
+    check_base(config, args.model)
+    check_lora_if_asked(config, args)
+    processor = load_processor(args.model, config, **args.hub)
+    train, test = load_datasets(args)
+    if args.method == "align":
+        check_all_have_images(train)
+    for rows in (train, test):
+        if rows is not None and args.max_length is not None:
+            check_lengths(rows, processor, args.max_length)
+
+    set_seed(args.seed)
+    model = load_base(args.model, args.dtype, args.experts_implementation, **args.hub)
+    folder, checkpoint = args.folder, resume_point(args)
+    if args.force and checkpoint is None and args.process_index == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    trainer = build_trainer(model, processor, train, args, test)
+    logger.info("Training %d of %d parameters.", *count_parameters(trainer.model))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_world_process_zero():
+        save_finetuned(trainer.accelerator.unwrap_model(trainer.model), processor, folder, args)
+    if test is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    if args.method == "lora" and args.merge and trainer.is_world_process_zero():
+        shutil.rmtree(folder / MERGED, ignore_errors=True)
+        merge_adapter(folder, folder / MERGED, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    return folder

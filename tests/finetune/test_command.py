@@ -1,0 +1,48 @@
+"""`vlmoe finetune` as a user runs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+VLMOE = Path(sys.executable).parent / "vlmoe"
+
+
+@pytest.fixture
+def vlmoe(tmp_path):
+    """Runs the command in an empty folder; returns the exit code and what it said."""
+
+    def run(*words):
+        done = subprocess.run(
+            [VLMOE, "finetune", *words], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def test_command_trains_and_says_where(vlmoe, base, pictures, tmp_path):
+    given = [f"model={base}", f"data={pictures / 'test.jsonl'}", "output_dir=out", "max_steps=1", "use_cpu=true"]
+    code, said, errors = vlmoe("lora", *given)
+    assert code == 0, errors
+    assert said.strip().splitlines()[-1] == "out: done; settings in finetune_settings.yaml"
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert any((tmp_path / "out" / "runs").rglob("events.out.tfevents*"))
+
+
+def test_user_errors_are_one_message_and_exit_2(vlmoe):
+    code, said, errors = vlmoe("lora", "model=m", "data=d", "output_dir=o", "lerning_rate=1")
+    assert code == 2
+    assert errors.strip().splitlines()[-1] == (
+        "vlmoe: Recipe lora has unknown keys: lerning_rate. Did you mean 'learning_rate' for 'lerning_rate'?"
+    )
+    assert "Traceback" not in errors
+    assert said == ""
+
+
+def test_help_names_every_setting(vlmoe):
+    code, said, _ = vlmoe("--help")
+    assert code == 0
+    assert all(name in said for name in ("align", "lora", "lora_targets", "max_length", "KEY=VALUE"))
