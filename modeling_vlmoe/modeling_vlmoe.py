@@ -209,7 +209,8 @@ class VLMoEModel(VLMoEPreTrainedModel):
         """
         if self.config.image_token_id is None:
             raise ValueError(
-                "Images were given, but config.image_token_id is not set. Set it to the id of the processor's image token."
+                "Images were given, but config.image_token_id is not set. Set it to the id of the processor's image "
+                "token."
             )
         if input_ids is None:
             token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)

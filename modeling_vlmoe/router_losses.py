@@ -108,7 +108,12 @@ class RouterLosses(nn.Module):
         self.num_layers = num_layers
 
     def forward(
-        self, logits_TE: Tensor, weight_TK: Tensor, expert_TK: Tensor, context: RouterContext | None
+        self,
+        logits_TE: Tensor,
+        weight_TK: Tensor,
+        expert_TK: Tensor,
+        context: RouterContext | None,
+        is_trained: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attaches the losses, where there is a context, that is in training.
 
@@ -117,6 +122,8 @@ class RouterLosses(nn.Module):
             weight_TK: routing weights, (tokens, top-k).
             expert_TK: chosen experts, (tokens, top-k).
             context: the forward pass' context; its mask covers the same tokens.
+            is_trained: whether the router learns; a frozen router's losses are reported, but not attached, since they
+                could only move whatever is trained below it.
 
         Returns:
             What is reported, the detached logits, so that a trainer's own auxiliary term carries no second gradient;
@@ -129,10 +136,13 @@ class RouterLosses(nn.Module):
             mask_T = context.token_mask.reshape(-1).to(mask_T)
         balance = balance_loss(logits_TE.softmax(-1), expert_TK, mask_T)
         z = z_loss(logits_TE, mask_T)
+        reported = torch.stack([balance, z]).detach()
+        if not is_trained:
+            return logits_TE.detach(), weight_TK, reported
         weighted = self.moe.router_aux_loss_coef * balance + self.moe.router_z_loss_coef * z
         share = context.share.to(weighted.device)
         weight_TK = _Attach.apply(weight_TK, weighted * share / self.num_layers, context.loss_scale)
-        return logits_TE.detach(), weight_TK, torch.stack([balance, z]).detach()
+        return logits_TE.detach(), weight_TK, reported
 
 
 def weighted_mean(losses: Tensor, moe: Any) -> Tensor:

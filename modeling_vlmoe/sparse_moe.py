@@ -215,7 +215,8 @@ class SparseMoE(nn.Module):
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits_TE, weight_TK, expert_TK = self.router(x_TD)
-        logits_TE, weight_TK, losses = self.losses(logits_TE, weight_TK, expert_TK, context)
+        is_trained = any(parameter.requires_grad for parameter in self.router.parameters())
+        logits_TE, weight_TK, losses = self.losses(logits_TE, weight_TK, expert_TK, context, is_trained)
         out_TO = self.experts(x_TD, expert_TK, weight_TK)
         return out_TO.reshape(*hidden_states.shape[:-1], -1), logits_TE, losses
 

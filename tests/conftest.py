@@ -1,4 +1,7 @@
-"""Every test runs offline and leaves nothing outside its temporary folders: set before anything imports transformers."""
+"""Every test runs offline and leaves nothing outside its temporary folders.
+
+Set before anything imports transformers.
+"""
 
 import os
 import tempfile
@@ -59,7 +62,10 @@ def _no_deprecated_use():
 
 @pytest.fixture
 def run_without_package(tmp_path):
-    """Runs Python code in a process that cannot import `modeling_vlmoe`, from an empty folder; returns what it printed."""
+    """Runs Python code in a process that cannot import `modeling_vlmoe`, from an empty folder.
+
+    Returns what it printed.
+    """
     blocker = "import sys; sys.modules['modeling_vlmoe'] = None\n"
 
     def run(code: str) -> str:

@@ -13,8 +13,8 @@ def run_demo_command(
 ) -> None:
     """Run the main job end to end on scenes it renders: dense parents, upcycling, tuning, evaluation, reloading.
 
-    It pretrains a small LLM and a small ViT, upcycles them, aligns the connector, tunes with LoRA, and prints one table
-    beside its controls: about 6 minutes on 2 cores, no download.
+    It pretrains a small LLM and a small ViT, upcycles them, aligns the connector, tunes with LoRA, and prints one
+    table beside its controls: about 6 minutes on 2 cores, no download.
     """
     from .run import run_demo
     from .settings import DemoSettings

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,8 +103,10 @@ body = AutoModel.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 assert type(processor).__name__ == "VLMoEProcessor", type(processor)
 from PIL import Image
-chat = [{{"role": "user", "content": [{{"type": "image", "image": Image.new("RGB", (20, 20))}}, {{"type": "text", "text": "what?"}}]}}]
-inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+content = [{{"type": "image", "image": Image.new("RGB", (20, 20))}}, {{"type": "text", "text": "what?"}}]
+chat = [{{"role": "user", "content": content}}]
+kwargs = dict(tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+inputs = processor.apply_chat_template(chat, **kwargs)
 print(processor.batch_decode(model.generate(**inputs, max_new_tokens=3)))
 print(pipeline("image-text-to-text", model=folder, trust_remote_code=True)(text=chat, max_new_tokens=3))
 model.train()(**expected["inputs"], labels=expected["inputs"]["input_ids"]).loss.backward()
@@ -147,7 +150,7 @@ def test_a_re_saved_folder_keeps_code_and_auto_map(saved, tmp_path):
 def test_saved_code_is_the_packages_own(saved):
     for path in saved.glob("*.py"):
         if path.name != "__init__.py":
-            assert path.read_text() == (type(sys)("x") and open(f"{modeling_vlmoe.__path__[0]}/{path.name}").read())
+            assert path.read_text() == (Path(modeling_vlmoe.__path__[0]) / path.name).read_text()
 
 
 def test_a_trainer_checkpoint_loads_anywhere(saved, tmp_path, run_without_package):

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from tests import tiny
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from modeling_vlmoe.chat_templates import END, START, build_chat_template, default_chat_template
+from tests import tiny
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 PHI3 = (

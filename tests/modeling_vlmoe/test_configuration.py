@@ -98,7 +98,7 @@ def test_raises_when_a_field_cannot_be_built(fields, message):
 
 def test_raises_when_a_text_field_is_given_twice_and_unlike():
     text = tiny.text_config("llama", num_experts=8)
-    with pytest.raises(ValueError, match="text_moe.num_experts is 4, but text_config.num_experts is 8"):
+    with pytest.raises(ValueError, match=r"text_moe\.num_experts is 4, but text_config\.num_experts is 8"):
         VLMoEConfig(text_config=text, vision_config=tiny.vision_config("clip"), text_moe=MoEConfig(num_experts=4))
 
 

@@ -1,4 +1,7 @@
-"""Two gloo processes: FSDP2, FSDP2 with expert parallelism, and tensor parallelism give one process' logits and steps."""
+"""Two gloo processes.
+
+FSDP2, FSDP2 with expert parallelism, and tensor parallelism give one process' logits and steps.
+"""
 
 import os
 import subprocess

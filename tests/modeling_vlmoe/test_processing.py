@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests import tiny
 import torch
 from PIL import Image
 
 from modeling_vlmoe.processing_vlmoe import VLMoEProcessor
+from tests import tiny
 
 NUM_IMAGE_TOKENS = tiny.NUM_PATCHES
 

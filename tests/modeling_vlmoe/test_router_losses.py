@@ -42,7 +42,10 @@ def test_balance_is_one_when_routing_is_uniform():
 
 
 def test_balance_sees_each_layers_collapse():
-    """Four layers, each collapsed onto a pair of its own, score as collapsed; pooled over layers they would score 1."""
+    """Four layers, each collapsed onto a pair of its own, score as collapsed.
+
+    Pooled over layers they would score 1.
+    """
     probability = torch.zeros(8, 8)
     probability[:, :2] = 0.5
     assert balance_loss(probability, torch.tensor([[0, 1]] * 8), torch.ones(8)) == pytest.approx(4.0)
@@ -76,7 +79,9 @@ def recorded_inputs(model, inputs):
 
 
 def oracle_gradients(model, inputs, scale=1.0):
-    """The attached losses' gradient on each router, by plain loops over what the routers read, their inputs held fixed."""
+    """The attached losses' gradient on each router, by plain loops over what the routers read, their inputs held
+    fixed.
+    """
     found = {}
     seen = recorded_inputs(model, inputs)
     counts = {part: sum(part_of(name) == part for name in seen) for part in ("text", "vision", "connector")}
@@ -95,7 +100,10 @@ def oracle_gradients(model, inputs, scale=1.0):
 
 
 def last_layers_gradient(model, name, run):
-    """Gradient with the losses on, less that with them off: the attached part (exact where nothing sparse comes after)."""
+    """Gradient with the losses on, less that with them off.
+
+    The attached part (exact where nothing sparse comes after).
+    """
     gradients = []
     for coefficient in (None, 0.0):
         model.zero_grad()
@@ -222,3 +230,13 @@ def test_reported_router_logits_carry_no_gradient(training):
         not logits.requires_grad
         for logits in (*out.router_logits, *out.vision_router_logits, *out.connector_router_logits)
     )
+
+
+def test_a_frozen_routers_losses_are_reported_but_move_nothing(training):
+    model, inputs = training
+    for parameter in routers(model).values():
+        parameter.requires_grad_(False)
+    down = "model.language_model.layers.1.mlp.experts.down_proj"
+    attached = last_layers_gradient(model, down, lambda: model(**inputs, labels=inputs["input_ids"]).loss.backward())
+    assert attached.abs().max() == 0
+    assert model(**inputs).router_losses["text"].shape == (3, 2)

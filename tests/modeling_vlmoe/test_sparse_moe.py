@@ -115,7 +115,7 @@ def test_router_scores_in_float32_under_autocast_and_in_bf16():
     redraw(router)
     x = torch.randn(6, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits, weights, index = router(x)
+        logits, weights, _ = router(x)
     assert logits.dtype == weights.dtype == torch.float32
     torch.testing.assert_close(logits, F.linear(x, router.weight))
     logits, weights, _ = router.to(torch.bfloat16)(x.bfloat16())

@@ -1,4 +1,7 @@
-"""Run by `torchrun --nproc_per_node 2 two_processes.py MODE FOLDER`: a split model against the whole one in each process."""
+"""Run by `torchrun --nproc_per_node 2 two_processes.py MODE FOLDER`.
+
+A split model against the whole one in each process.
+"""
 
 import os
 import sys

@@ -46,7 +46,7 @@ def test_the_whole_demo_runs(tmp_path):
 
 def test_the_demo_stops_at_a_parent_that_is_not_good_enough(tmp_path):
     settings = DemoSettings(**(vars(HANDFUL) | {"min_parent_accuracy": 0.95}))
-    with pytest.raises(StageError, match="expected at least 0.950"):
+    with pytest.raises(StageError, match=r"expected at least 0\.950"):
         run_demo(tmp_path / "demo", settings, say=lambda text: None)
     assert not (tmp_path / "demo/parents/text/config.json").exists()
 
