@@ -4,20 +4,20 @@
 `lm_head` is outside, and what the dense LLM does to its head's logits is repeated after it.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
 from .configuration_vlmoe import VLMoEConfig, sparse_fields
 from .connector import VLMoEConnector
+from .model_outputs import VLMoECausalLMOutputWithPast, VLMoEModelOutputWithPast
 from .recorders import install_recorders, make_recorders_picklable, register_recorders
 from .router_losses import RouterContext, follow_loss, weighted_mean
 from .towers import (
@@ -29,50 +29,6 @@ from .towers import (
     mark_initialized,
     tower_layers,
 )
-
-
-@dataclass
-class VLMoEModelOutputWithPast(BaseModelOutputWithPast):
-    """Outputs of [`VLMoEModel`].
-
-    Attributes:
-        image_hidden_states: the connector's output, (images x tokens, text width).
-        router_logits: of the LLM's sparse layers, each (batch x sequence, experts), float32, detached.
-        vision_router_logits: of the ViT's sparse layers, each (images x tokens, experts).
-        connector_router_logits: of the connector, one (images x tokens, experts).
-        router_losses: in training, per sparse part the layers' balance and z losses, (layers, 2), detached.
-        aux_loss: in training, the parts' losses weighted by their coefficients, a detached scalar. Their gradient is
-            attached inside the sparse blocks, so `loss` does not hold it and nothing is to be added to it.
-    """
-
-    image_hidden_states: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    vision_router_logits: tuple[Tensor, ...] | None = None
-    connector_router_logits: tuple[Tensor, ...] | None = None
-    router_losses: dict[str, Tensor] | None = None
-    aux_loss: Tensor | None = None
-
-
-@dataclass
-class VLMoECausalLMOutputWithPast(ModelOutput):
-    """Outputs of [`VLMoEForConditionalGeneration`]: those of [`VLMoEModelOutputWithPast`], with
-
-    Attributes:
-        loss: the task loss, a scalar, where `labels` are given.
-        logits: (batch, kept positions, vocabulary).
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    image_hidden_states: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    vision_router_logits: tuple[Tensor, ...] | None = None
-    connector_router_logits: tuple[Tensor, ...] | None = None
-    router_losses: dict[str, Tensor] | None = None
-    aux_loss: Tensor | None = None
 
 
 class VLMoEPreTrainedModel(PreTrainedModel):
