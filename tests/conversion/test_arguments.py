@@ -13,7 +13,7 @@ def test_layers_are_read(given, layers):
 
 @pytest.mark.parametrize("given", ["", "a", "-1", "1,,2", "3-"])
 def test_raises_when_layers_cannot_be_read(given):
-    with pytest.raises(ValueError, match="text_layers is .*expected layers counted from 0"):
+    with pytest.raises(ValueError, match=r"text_layers is .*expected layers counted from 0"):
         UpcycleArguments(text_layers=given)
 
 
@@ -33,7 +33,7 @@ def test_raises_when_a_key_is_unknown():
     ],
 )
 def test_raises_when_a_value_has_another_type(values, expected):
-    with pytest.raises(ValueError, match=f"r.yaml: {next(iter(values))} is .*expected {expected}"):
+    with pytest.raises(ValueError, match=rf"r.yaml: {next(iter(values))} is .*expected {expected}"):
         UpcycleArguments.from_dict(values, "r.yaml")
 
 
@@ -44,7 +44,7 @@ def test_a_recipe_is_read(tmp_path):
 
 
 def test_raises_when_there_is_no_recipe(tmp_path):
-    with pytest.raises(ValueError, match="There is no recipe"):
+    with pytest.raises(ValueError, match=r"There is no recipe"):
         read_recipe(tmp_path / "r.yaml")
 
 

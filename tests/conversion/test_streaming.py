@@ -87,6 +87,18 @@ def test_reading_a_tensor_takes_no_private_memory(tmp_path):
     assert private_memory() - before < 4 * 1024  # kB; the tensor has 32 MB
 
 
+def test_a_tensor_that_is_let_go_of_can_be_read_again(tmp_path):
+    dense = {"a": torch.randn(3, 5), "big": torch.randn(1024, 1025), "b": torch.randn(7)}
+    write(tmp_path / "x", dense)
+    reader = CheckpointReader(tmp_path / "x")
+    tensor, span = reader.tensor("big"), reader.span("big")
+    for _ in range(2):
+        span.read_ahead()
+        assert torch.equal(tensor, dense["big"])
+        span.let_go()
+    assert all(torch.equal(reader.tensor(name), value) for name, value in dense.items())
+
+
 def test_raises_when_a_file_is_truncated(tmp_path):
     tiny.save_text_parent(tmp_path, "llama")
     file = tmp_path / "model.safetensors"
@@ -110,7 +122,7 @@ def test_raises_when_a_file_is_empty(tmp_path):
 def test_raises_when_a_shard_is_missing(tmp_path):
     write(tmp_path / "x", some_tensors(), max_shard_bytes=90)
     (tmp_path / "x" / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="names shards that are not in .*: model-00002-of-00002.safetensors"):
+    with pytest.raises(ValueError, match=r"names shards that are not in .*: model-00002-of-00002.safetensors"):
         CheckpointReader(tmp_path / "x")
 
 
@@ -120,13 +132,13 @@ def test_raises_when_the_index_names_a_tensor_that_no_shard_holds(tmp_path):
     content = json.loads(index.read_text())
     content["weight_map"]["nowhere"] = "model-00001-of-00002.safetensors"
     index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="names tensors that its shards do not hold: nowhere"):
+    with pytest.raises(ValueError, match=r"names tensors that its shards do not hold: nowhere"):
         CheckpointReader(tmp_path / "x")
 
 
 def test_raises_when_the_index_is_no_json(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(ValueError, match="index.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"index.json is not valid JSON"):
         CheckpointReader(tmp_path)
 
 
@@ -137,11 +149,11 @@ def test_raises_when_there_are_only_pickle_weights_which_are_not_loaded(tmp_path
 
 
 def test_raises_when_there_are_no_weights(tmp_path):
-    with pytest.raises(ValueError, match="has no model.safetensors"):
+    with pytest.raises(ValueError, match=r"has no model.safetensors"):
         CheckpointReader(tmp_path)
 
 
 def test_raises_when_weights_are_stored_in_a_quantised_format(tmp_path):
     save_file({"x": torch.zeros(2, 2).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="x in .* is stored as F8_E4M3"):
+    with pytest.raises(ValueError, match=r"x in .* is stored as F8_E4M3"):
         CheckpointReader(tmp_path).dtype("x")

@@ -1,0 +1,118 @@
+"""What `vlmoe upcycle` can be told: one dataclass, filled from flags, from a YAML recipe, or in Python."""
+
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+def option(help: str, default: Any = None) -> Any:
+    """A field with the help text that the command shows."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class UpcycleArguments:
+    """Dense parents in, sparse vision-language model out. Layers are counted from 0: `0,1,4` or `4-11`."""
+
+    text_model: str | None = option("Dense LLM: a folder or a Hub id.")
+    vision_model: str | None = option("Dense ViT (or a whole CLIP or SigLIP around it): a folder or a Hub id.")
+    vlm_model: str | None = option("Instead of the two parents: a dense vlmoe model, a folder or a Hub id.")
+    output_dir: str | None = option("Folder of the sparse model.")
+    text_experts: int | None = option(
+        "Experts per sparse layer of the LLM; not given: it stays dense, but gets 8 when no part is given any."
+    )
+    text_top_k: int | None = option("Experts each token of the LLM is sent to; not given: 2.")
+    text_layers: str | None = option("Sparse layers of the LLM; not given: all.")
+    vision_experts: int | None = option("Experts per sparse layer of the ViT; not given: the ViT stays dense.")
+    vision_top_k: int | None = option("Experts each token of the ViT is sent to; not given: 2.")
+    vision_layers: str | None = option(
+        "Sparse layers of the ViT; not given: the upper half of those the connector reads."
+    )
+    connector_experts: int | None = option("Experts of the connector; not given: it stays dense.")
+    connector_top_k: int | None = option("Experts each image token is sent to in the connector; not given: 2.")
+    vision_feature_layer: int | None = option(
+        "Hidden state of the ViT that the connector reads; not given: -2, the last layer's input."
+    )
+    vision_feature_select_strategy: str | None = option(
+        "`default` leaves the class token out, `full` keeps it; not given: `default` where there is a class token."
+    )
+    expert_init: str = option("How experts are made of the dense MLP: copy.", "copy")
+    router_init: str = option("How router weights are drawn: uniform.", "uniform")
+    seed: int = option("Seed of everything that is drawn.", 0)
+    dtype: str | None = option("float32, bfloat16 or float16; not given: the LLM's own.")
+    text_revision: str | None = option("Branch, tag or commit of the LLM on the Hub.")
+    vision_revision: str | None = option("Branch, tag or commit of the ViT on the Hub.")
+    vlm_revision: str | None = option("Branch, tag or commit of the dense vlmoe model on the Hub.")
+    force: bool = option("Replace an output folder that is not empty (only once the new one is complete).", False)
+    dry_run: bool = option("Print what would be written, with parameters and bytes; write nothing.", False)
+
+    def __post_init__(self) -> None:
+        if self.output_dir is not None:
+            self.output_dir = str(self.output_dir)
+        for name in ("text_layers", "vision_layers"):
+            parse_layers(getattr(self, name), name)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], origin: str) -> "UpcycleArguments":
+        """The arguments from plain values, whose types are checked.
+
+        Raises:
+            ValueError: for a key that is no field, or a value of another type; `origin` says where it stands.
+        """
+        known = {item.name: item for item in fields(cls)}
+        if unknown := sorted(map(str, set(values) - set(known))):
+            raise ValueError(f"{origin} has unknown keys: {', '.join(unknown)}. Known: {', '.join(known)}.")
+        for name, value in values.items():
+            check_type(name, value, known[name].default, str(known[name].type), origin)
+        return cls(**values)
+
+
+def check_type(name: str, value: Any, default: Any, annotation: Any, origin: str) -> None:
+    """Refuses a value that is not of the field's type; None stands for "not given"."""
+    if name.endswith("_layers") and isinstance(value, list | int):
+        return
+    wanted = next(kind for kind in (bool, int, str) if kind.__name__ in annotation)
+    is_optional = default is None or default is MISSING
+    if (value is None and is_optional) or type(value) is wanted:
+        return
+    raise ValueError(f"{origin}: {name} is {value!r}; expected {'yes or no' if wanted is bool else wanted.__name__}.")
+
+
+def parse_layers(given: str | int | Iterable[int] | None, name: str) -> list[int] | None:
+    """Reads a choice of layers: `0,1,4`, `4-11`, a list, or None.
+
+    Raises:
+        ValueError: naming the option, when it is none of these.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, str):
+        given = ",".join(map(str, [given] if isinstance(given, int) else given))
+    layers: list[int] = []
+    for part in given.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"{name} is {given!r}; expected layers counted from 0, like 0,1,4 or 4-11.")
+        layers += range(int(first), int(last or first) + 1)
+    return layers
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The settings of a YAML recipe.
+
+    Raises:
+        ValueError: when there is no such file, or it is not a mapping.
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no recipe {path}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a mapping of settings to values.")
+    return values

@@ -1,0 +1,301 @@
+"""The total mapping from dense tensors to the sparse model's.
+
+Every dense tensor is used once or dropped with a reason, every target is filled once.
+
+It is data: a list of `Assignment`s, which is printed by `--dry-run`, written by the writer and counted in the receipt.
+
+    model.language_model.layers.0.mlp.experts.gate_up_proj  <- experts x8 (gate_proj.weight, up_proj.weight)
+    model.language_model.layers.0.mlp.router.weight         <- router, drawn
+    model.language_model.norm.weight                        <- copy
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modeling_vlmoe.mlp_layouts import MLPLayout, find_layout, is_biased
+from modeling_vlmoe.towers import find_dense_mlp
+
+from .connector_init import DrawnConnector
+from .expert_init import EXPERT_INITS, ExpertInit, ExpertSlot
+from .meta_models import target_shapes
+from .router_init import ROUTER_INITS, RouterInit
+from .seeding import tensor_generator
+from .streaming import TensorSpec, cast_blocks, row_blocks
+
+PART_PREFIX = {"text": "model.language_model.", "vision": "model.vision_tower.", "connector": "model.connector."}
+EXPERTS, ROUTER = ".experts.", ".router."
+
+
+class TensorSource(Protocol):
+    """Whatever gives tensors by name: a parent's checkpoint, or a connector that is drawn."""
+
+    @property
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def tensor(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class DenseTensor:
+    """One dense tensor: where it is read, and under which name."""
+
+    source: TensorSource
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape(self.name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype(self.name)
+
+    def read(self) -> Tensor:
+        return self.source.tensor(self.name)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """How one tensor of the sparse model is filled.
+
+    Attributes:
+        spec: The target's name, dtype and shape.
+        operation: A key of `OPERATIONS`.
+        dense: The dense tensors it is made of, in the order of its rows.
+        dense_names: What they are called inside their MLP (for experts).
+        num_experts: Experts in the stack (for experts and routers).
+        num_active: How many of them a token uses.
+    """
+
+    spec: TensorSpec
+    operation: str
+    dense: tuple[DenseTensor, ...] = ()
+    dense_names: tuple[str, ...] = ()
+    num_experts: int = 1
+    num_active: int = 1
+
+    @property
+    def num_parameters(self) -> int:
+        return prod(self.spec.shape)
+
+    @property
+    def num_active_parameters(self) -> int:
+        return (
+            self.num_parameters * self.num_active // self.num_experts
+            if self.operation == "experts"
+            else self.num_parameters
+        )
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What the operations draw with."""
+
+    expert_init: str
+    router_init: str
+    seed: int
+
+
+def copy_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
+    """The dense tensor as it is."""
+    yield from cast_blocks(assignment.dense[0].read(), assignment.spec.dtype)
+
+
+def expert_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
+    """Expert after expert, each from the same mapped pages."""
+    init: ExpertInit = EXPERT_INITS[drawing.expert_init]
+    mlp = assignment.spec.name.rpartition(EXPERTS)[0]
+    for expert in range(assignment.num_experts):
+        for dense, dense_name in zip(assignment.dense, assignment.dense_names, strict=True):
+            made = init(dense.read(), ExpertSlot(mlp, dense_name, expert, drawing.seed))
+            yield from cast_blocks(made, assignment.spec.dtype)
+
+
+def router_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
+    """A router, drawn by its name."""
+    init: RouterInit = ROUTER_INITS[drawing.router_init]
+    generator = tensor_generator(drawing.seed, assignment.spec.name)
+    num_experts, width = assignment.spec.shape
+    yield from cast_blocks(init(num_experts, width, generator), assignment.spec.dtype)
+
+
+def grown_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
+    """The dense rows, and for each new token their mean."""
+    dense = assignment.dense[0].read()
+    yield from cast_blocks(dense, assignment.spec.dtype)
+    total = torch.zeros(dense.shape[1:])
+    for block in row_blocks(dense):
+        total += block.to(torch.float32).sum(0)
+    mean = (total / dense.shape[0]).to(assignment.spec.dtype)
+    yield mean.expand(assignment.spec.shape[0] - dense.shape[0], *mean.shape)
+
+
+OPERATIONS: dict[str, Callable[[Assignment, Drawing], Iterator[Tensor]]] = {
+    "copy": copy_blocks,
+    "draw": copy_blocks,  # of what the source itself has drawn
+    "experts": expert_blocks,
+    "router": router_blocks,
+    "grow": grown_blocks,
+}
+
+
+@dataclass
+class Mapping:
+    """All assignments, in the order of the sparse model, and what is dropped.
+
+    Attributes:
+        assignments: One per target tensor.
+        dropped: For each parent's role: its unused tensors and the reason.
+    """
+
+    assignments: list[Assignment]
+    dropped: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        return [assignment.spec for assignment in self.assignments]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(assignment.num_parameters for assignment in self.assignments)
+
+    @property
+    def num_active_parameters(self) -> int:
+        return sum(assignment.num_active_parameters for assignment in self.assignments)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.specs)
+
+    def blocks(self, drawing: Drawing) -> Callable[[str], Iterator[Tensor]]:
+        """What the writer asks for the blocks of a target."""
+        by_name = {assignment.spec.name: assignment for assignment in self.assignments}
+        return lambda name: OPERATIONS[by_name[name].operation](by_name[name], drawing)
+
+
+@dataclass(frozen=True)
+class SparseMLP:
+    """A dense MLP that becomes experts: its name in the model, how it is written, and its part's settings."""
+
+    path: str
+    layout: MLPLayout
+    is_biased: bool
+    num_experts: int
+    num_active: int
+
+    def dense_names(self, parameter: str) -> tuple[str, ...]:
+        """The dense tensors, inside the MLP, that make an expert's `parameter`."""
+        return self.layout.expert_sources(self.is_biased)[parameter]
+
+
+def sparse_mlps(dense: PreTrainedModel, sparse: PreTrainedModel) -> dict[str, SparseMLP]:
+    """The MLPs that become sparse, by their path in the model.
+
+    Args:
+        dense: The dense model, which says how they are written.
+        sparse: The sparse one, whose configuration says which they are.
+    """
+    found: dict[str, SparseMLP] = {}
+
+    def add(path: str, layout: MLPLayout, mlp: nn.Module, moe) -> None:
+        found[path] = SparseMLP(path, layout, is_biased(mlp, layout), moe.num_experts, moe.num_experts_per_tok)
+
+    for part, tower in (("text", dense.model.language_model), ("vision", dense.model.vision_tower)):
+        if (moe := sparse.config.moe(part)) is not None:
+            for index in moe.layers:
+                mlp = find_dense_mlp(tower, index)
+                add(PART_PREFIX[part] + mlp.path, mlp.layout, mlp.module, moe)
+    if (moe := sparse.config.connector_moe) is not None:
+        path, mlp = f"{PART_PREFIX['connector']}mlp", dense.model.connector.mlp
+        add(path, find_layout(mlp, "connector.mlp"), mlp, moe)
+    return found
+
+
+def map_tensors(
+    dense_tensors: dict[str, DenseTensor],
+    mlps: dict[str, SparseMLP],
+    sparse: PreTrainedModel,
+    dtype: torch.dtype,
+    dropped: dict[str, dict[str, str]],
+) -> Mapping:
+    """Assigns every dense tensor to a target and every target its dense tensors.
+
+    Args:
+        dense_tensors: The dense model's tensors, by their names in the dense vlmoe model.
+        mlps: The MLPs that become experts.
+        sparse: The sparse model on the meta device.
+        dtype: What floating-point tensors are written in; routers stay float32.
+        dropped: Carried into the result.
+
+    Raises:
+        ValueError: for a dense tensor that no target uses, or uses twice, and for a target that nothing fills.
+    """
+    shapes = target_shapes(sparse)
+    growable = {f"{name}.weight" for name in vocabulary_modules(sparse)} | {
+        f"{name}.bias" for name in vocabulary_modules(sparse)
+    }
+    mapping = Mapping([], dropped)
+    used: dict[DenseTensor, str] = {}
+    for name, shape in shapes.items():
+        assignment = assign(name, shape, dense_tensors, mlps, dtype, name in growable)
+        for dense in assignment.dense:
+            if dense in used:
+                raise ValueError(f"{dense.name} would be used twice, for {used[dense]} and for {name}.")
+            used[dense] = name
+        mapping.assignments.append(assignment)
+    if unused := [name for name, dense in dense_tensors.items() if dense not in used]:
+        raise ValueError(f"The sparse model has no place for {len(unused)} dense tensors: {', '.join(unused[:5])}.")
+    return mapping
+
+
+def vocabulary_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules that have one row per token: embedding and head."""
+    wanted = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [name for name, module in model.named_modules() if any(module is one for one in wanted)]
+
+
+def assign(
+    name: str,
+    shape: tuple[int, ...],
+    dense_tensors: dict[str, DenseTensor],
+    mlps: dict[str, SparseMLP],
+    dtype: torch.dtype,
+    is_growable: bool,
+) -> Assignment:
+    """The assignment of one target.
+
+    Raises:
+        ValueError: when nothing fills it, or what would has another shape.
+    """
+    mark = next((mark for mark in (EXPERTS, ROUTER) if name.rpartition(mark)[0] in mlps), None)
+    if mark == ROUTER:
+        mlp = mlps[name.rpartition(mark)[0]]
+        return Assignment(TensorSpec(name, torch.float32, shape), "router", (), (), mlp.num_experts, mlp.num_active)
+    if mark == EXPERTS:
+        mlp, parameter = mlps[name.rpartition(mark)[0]], name.rpartition(mark)[2]
+        dense_names = mlp.dense_names(parameter)
+        sources = tuple(dense_tensors[f"{mlp.path}.{dense_name}"] for dense_name in dense_names)
+        rows, rest = sum(source.shape[0] for source in sources), sources[0].shape[1:]
+        if shape != (mlp.num_experts, rows, *rest):
+            raise ValueError(
+                f"{name} has the shape {shape}, but its dense MLPs make {(mlp.num_experts, rows, *rest)}."
+            )
+        return Assignment(
+            TensorSpec(name, dtype, shape), "experts", sources, dense_names, mlp.num_experts, mlp.num_active
+        )
+    if name not in dense_tensors:
+        raise ValueError(f"Nothing in the parents fills {name} of the sparse model.")
+    dense = dense_tensors[name]
+    spec = TensorSpec(name, dtype if dense.dtype.is_floating_point else dense.dtype, shape)
+    if dense.shape == shape:
+        return Assignment(spec, "draw" if isinstance(dense.source, DrawnConnector) else "copy", (dense,))
+    if is_growable and dense.shape[1:] == shape[1:] and dense.shape[0] < shape[0]:
+        return Assignment(spec, "grow", (dense,))
+    raise ValueError(f"{name} has the shape {shape} in the sparse model, but {dense.shape} in its parent.")

@@ -1,0 +1,81 @@
+"""Models without weights: built on the meta device for their names and shapes, or with parameters mapped from files.
+
+A mapped model holds no weights of its own: what a Linear, an embedding or a stack of experts reads stays in the files
+(`mapped_maths` knows how to compute with it), only small tensors (norms, biases, convolutions) are cast into memory.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from modeling_vlmoe.sparse_moe import Experts
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def build_on_meta(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """Builds a model of float32 parameters that take no memory."""
+    with torch.device("meta"), init.meta_device_safe_creation_ops(), init.no_init_weights():
+        return build().eval()
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Which parameters have no tensor of their own, and the name of the one they share."""
+    return dict(model.all_tied_weights_keys)
+
+
+def target_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """The tensors of a checkpoint of this model, in its order; a tied tensor is stored once."""
+    tied = tied_names(model)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def is_mapped(module: nn.Module, name: str, parameter: Tensor) -> bool:
+    """Whether a parameter may stay in its file, because it is only read through a matrix product or by rows."""
+    is_linear = type(module) is nn.Linear or isinstance(module, nn.Embedding)
+    return (is_linear and name == "weight") or (isinstance(module, Experts) and parameter.ndim == 3)
+
+
+def computed_buffers(model: PreTrainedModel) -> None:
+    """Gives buffers that no checkpoint holds (rotary frequencies, position ids) their values, by the model's init."""
+    owners: dict[str, PreTrainedModel] = {}
+    for path, module in model.named_modules():
+        parent = path.rpartition(".")[0]
+        owners[path] = module if isinstance(module, PreTrainedModel) else owners[parent]
+        names = module._non_persistent_buffers_set & {
+            name for name, buffer in module._buffers.items() if buffer is not None
+        }
+        for name in names:
+            setattr(module, name, torch.empty_like(module._buffers[name], device="cpu"))
+        if names:
+            owners[path]._init_weights(module)
+
+
+@torch.no_grad()
+def fill_mapped(model: Model, tensor: Callable[[str], Tensor], dtype: torch.dtype | None = None) -> Model:
+    """Gives a meta model its weights.
+
+    Args:
+        model: A model built by `build_on_meta`, or a module of one.
+        tensor: Gives the stored tensor of a name.
+        dtype: Round small tensors to this dtype first; `mapped_maths(dtype)` does so with the mapped ones.
+    """
+    tied = {}
+    if isinstance(model, PreTrainedModel):
+        tied = tied_names(model)
+        computed_buffers(model)
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                stored = tensor(tied.get(prefix + name, prefix + name))
+                value = stored if is_mapped(module, name, stored) else stored.to(dtype).to(torch.float32)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                setattr(module, name, tensor(prefix + name))
+    return model

@@ -1,0 +1,159 @@
+"""Finding the dense parents: a folder or a Hub id becomes a configuration and an open checkpoint."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME
+
+from modeling_vlmoe.configuration_vlmoe import PARTS, VLMoEConfig, sparse_fields
+
+from .arguments import UpcycleArguments
+from .streaming import CheckpointReader, read_json
+
+WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """One dense parent.
+
+    Attributes:
+        role: What it is taken for: `text`, `vision` or `vlm`.
+        given: What the user called it.
+        folder: Where its files are.
+        revision: Its commit, when it comes from the Hub.
+        config: Its own configuration; for a ViT inside a whole CLIP or SigLIP, that of the whole.
+        reader: Its tensors.
+    """
+
+    role: str
+    given: str
+    folder: Path
+    revision: str | None
+    config: PreTrainedConfig
+    reader: CheckpointReader
+
+    @property
+    def tower_config(self) -> PreTrainedConfig:
+        """The configuration of the tower itself."""
+        return getattr(self.config, "vision_config", None) or self.config if self.role == "vision" else self.config
+
+
+def find_folder(given: str, role: str, revision: str | None = None) -> Path:
+    """The folder of a parent: itself, or a snapshot in the Hub's cache (downloaded where there is a network).
+
+    Raises:
+        ValueError: when it is neither.
+    """
+    path = Path(given).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"--{role}-revision {revision} is given, but {given} is a folder; revisions are of Hub ids."
+            )
+        return path
+    if path.exists():
+        raise ValueError(f"--{role}-model {given} is a file; expected a folder or a Hub id.")
+    try:
+        return Path(
+            snapshot_download(
+                given, revision=revision, allow_patterns=WANTED_FILES, ignore_patterns=["*/*.safetensors"]
+            )
+        )
+    except HFValidationError as error:
+        raise ValueError(f"--{role}-model {given}: there is no such folder, and it is no Hub id.") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"--{role}-model {given} is neither a folder nor in the local Hub cache, and it cannot be fetched from "
+            f"the Hub (offline, private, or no such id): {str(error).splitlines()[0]}"
+        ) from error
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration in a folder.
+
+    Raises:
+        ValueError: when it is missing, broken, of a type transformers does not know, or quantised.
+    """
+    values = read_json(folder / CONFIG_NAME)
+    if "model_type" not in values:
+        raise ValueError(f"{folder / CONFIG_NAME} names no model_type.")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{folder} is quantised; upcycling needs the full-precision parent.")
+    return config
+
+
+def open_parent(given: str, role: str, revision: str | None = None) -> Parent:
+    """Opens one parent, and refuses what cannot be one of its role.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    folder = find_folder(given, role, revision)
+    config = read_config(folder)
+    CHECKS[role](given, config)
+    name = folder.resolve().name
+    commit = name if folder.resolve().parent.name == "snapshots" and COMMIT.fullmatch(name) else None
+    return Parent(role, given, folder, commit, config, CheckpointReader(folder))
+
+
+def check_text(given: str, config: PreTrainedConfig) -> None:
+    """A text parent is a dense causal LM."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if config.model_type == VLMoEConfig.model_type:
+        raise ValueError(f"--text-model {given} is a vlmoe model; a dense one is given as --vlm-model.")
+    if declared := sparse_fields(config):
+        raise ValueError(
+            f"--text-model {given} is already sparse: its {config.model_type} configuration has "
+            f"{', '.join(declared)}. "
+            "Only dense LLMs are upcycled."
+        )
+    if config.get_text_config() is not config or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"--text-model {given} is a {config.model_type} model, which is not a causal LLM.")
+
+
+def check_vision(given: str, config: PreTrainedConfig) -> None:
+    """A vision parent is a ViT, or has one inside."""
+    vision = getattr(config, "vision_config", None) or config
+    if not hasattr(vision, "patch_size") or not hasattr(vision, "num_hidden_layers"):
+        raise ValueError(f"--vision-model {given} is a {config.model_type} model, which is not a ViT.")
+
+
+def check_vlm(given: str, config: PreTrainedConfig) -> None:
+    """A vlmoe parent is dense in every part."""
+    if config.model_type != VLMoEConfig.model_type:
+        raise ValueError(
+            f"--vlm-model {given} is a {config.model_type} model; expected a dense vlmoe one. "
+            "Separate parents are given as --text-model and --vision-model."
+        )
+    for part in PARTS:
+        if (moe := config.moe(part)) is not None:
+            raise ValueError(f"--vlm-model {given}: its {part} part is already sparse ({moe.num_experts} experts).")
+
+
+CHECKS = {"text": check_text, "vision": check_vision, "vlm": check_vlm}
+
+
+def open_parents(args: UpcycleArguments) -> dict[str, Parent]:
+    """Opens the parents that the arguments name: `text` and `vision`, or `vlm`.
+
+    Raises:
+        ValueError: when they are not named as one of these.
+    """
+    given = {role: getattr(args, f"{role}_model") for role in CHECKS}
+    named = {role for role, name in given.items() if name is not None}
+    if named not in ({"text", "vision"}, {"vlm"}):
+        raise ValueError(
+            "Give --text-model and --vision-model, or --vlm-model alone; "
+            f"given: {', '.join(f'--{role}-model' for role in CHECKS if role in named) or 'none'}."
+        )
+    return {
+        role: open_parent(given[role], role, getattr(args, f"{role}_revision")) for role in CHECKS if role in named
+    }

@@ -1,0 +1,128 @@
+"""Dense parents in, sparse vision-language model out: the story, top to bottom.
+
+>>> parents = {"text_model": "Qwen/Qwen3-0.6B", "vision_model": "google/siglip-base-patch16-224"}
+>>> upcycle(UpcycleArguments(**parents, output_dir="out"))
+PosixPath('out')
+"""
+
+import errno
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+from transformers import GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from modeling_vlmoe import VLMoEForConditionalGeneration, register
+
+from .arguments import UpcycleArguments
+from .meta_models import build_on_meta
+from .output_folder import check_output_folder, check_space, whole_or_nothing
+from .planning import UpcyclePlan, plan_upcycle
+from .receipt import build_receipt, write_receipt
+from .streaming import write_checkpoint
+from .verify import prove
+
+
+def upcycle(args: UpcycleArguments) -> Path:
+    """Writes a sparse vision-language model that computes what its dense parents compute.
+
+    It is written into a temporary folder beside the output, proved there against the parents, and moved into place;
+    whatever fails leaves nothing behind. With `dry_run` nothing is written at all.
+
+    Args:
+        args: What to make of what.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: for whatever the user can mend.
+        ProofError: a ValueError, when the result does not compute what the parents compute.
+        OSError: when the disk is full.
+    """
+    output, plan = prepare(args)
+    if args.dry_run:
+        return output
+    check_space(output, plan.mapping.num_bytes)
+    with whole_or_nothing(output) as folder:
+        try:
+            file_hashes = write_checkpoint(folder, plan.mapping.specs, plan.mapping.blocks(plan.drawing))
+            write_companions(plan, folder)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise OSError(
+                    errno.ENOSPC, f"The disk is full; {output} needs about {format_bytes(plan.mapping.num_bytes)}"
+                ) from error
+            raise
+        gaps = prove(plan, folder)
+        small = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in file_hashes]
+        file_hashes |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in small}
+        write_receipt(folder, build_receipt(plan, gaps, dict(sorted(file_hashes.items()))))
+    return output
+
+
+def prepare(args: UpcycleArguments) -> tuple[Path, UpcyclePlan]:
+    """The output folder, which may be written, and the plan."""
+    register()
+    if args.output_dir is None:
+        raise ValueError("Give --output-dir, the folder of the sparse model.")
+    output = Path(args.output_dir).expanduser()
+    plan = plan_upcycle(args)
+    check_output_folder(output, args.force, [parent.folder for parent in plan.parents.values()])
+    return output, plan
+
+
+def preview(args: UpcycleArguments) -> str:
+    """What `upcycle` would write, for people; nothing is written.
+
+    Raises:
+        ValueError: as `upcycle` would.
+    """
+    return summarise(prepare(args)[1])
+
+
+def write_companions(plan: UpcyclePlan, folder: Path) -> None:
+    """Writes what a checkpoint holds beside its weights: configurations, processor, and the model's code."""
+    plan.config.save_pretrained(folder)
+    parent = plan.parents.get("text") or plan.parents["vlm"]
+    if (parent.folder / GENERATION_CONFIG_NAME).is_file():
+        generation = GenerationConfig.from_pretrained(parent.folder)
+    else:
+        generation = GenerationConfig.from_model_config(plan.config)
+    generation.save_pretrained(folder)
+    plan.processor.save_pretrained(folder)
+    custom_object_save(build_on_meta(lambda: VLMoEForConditionalGeneration(plan.config)), folder)
+
+
+def format_bytes(count: int) -> str:
+    """1234567890 as 1.23 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.2f} GB"
+
+
+def summarise(plan: UpcyclePlan) -> str:
+    """What would be written, for people: like tensors of all layers in one line."""
+    groups: dict[tuple[str, str], list] = {}
+    for assignment in plan.mapping.assignments:
+        name = ".".join("*" if piece.isdigit() else piece for piece in assignment.spec.name.split("."))
+        groups.setdefault((name, assignment.operation), []).append(assignment)
+    lines = []
+    for (name, operation), members in groups.items():
+        first = members[0]
+        sources = f" of {' + '.join(first.dense_names)}" if first.dense_names else ""
+        times = f"{len(members)} x " if len(members) > 1 else ""
+        dtype = str(first.spec.dtype).removeprefix("torch.")
+        lines.append(f"{operation:8}{times}{name} {list(first.spec.shape)} {dtype}{sources}")
+    for role, reasons in plan.mapping.dropped.items():
+        lines += [f"dropped {count} x {role}: {reason}" for reason, count in Counter(reasons.values()).items()]
+    mapping = plan.mapping
+    lines.append(
+        f"{mapping.num_parameters:,} parameters, {mapping.num_active_parameters:,} active per token, "
+        f"{format_bytes(mapping.num_bytes)}"
+    )
+    return "\n".join(lines)

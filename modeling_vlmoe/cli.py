@@ -1,0 +1,141 @@
+"""The `vlmoe` command: each sub-command is a dataclass of settings, from flags or a YAML recipe, and a function.
+
+Nothing heavy is imported before a command runs: help does not wait for torch. Exit codes: 0 done, 2 the user can mend
+it (one message says what), 1 anything else.
+"""
+
+import errno
+import inspect
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from modeling_vlmoe.conversion.arguments import UpcycleArguments, read_recipe
+from modeling_vlmoe.finetune.command import run_finetune, settings_help
+from modeling_vlmoe.finetune.demo.command import run_demo_command
+
+DONE, FAILED, USER_ERROR = 0, 1, 2
+FLAG_TYPES = {"bool": bool, "int": int, "str": str}
+
+app = typer.Typer(
+    name="vlmoe",
+    help="Sparse Mixture-of-Experts vision-language models from dense parents.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def root() -> None:
+    """Keeps sub-commands sub-commands, however few there are."""
+
+
+def flag_parameters(settings: type) -> list[inspect.Parameter]:
+    """One optional flag per field of a settings dataclass, and `--recipe`. What is not given is None."""
+    parameters = []
+    for item in fields(settings):
+        flag = item.name.replace("_", "-")
+        kind = next(kind for name, kind in FLAG_TYPES.items() if name in str(item.type))
+        names = [f"--{flag}/--no-{flag}"] if kind is bool else [f"--{flag}"]
+        default = "" if item.default is None or kind is bool else f" [default: {item.default}]"
+        option = typer.Option(*names, help=item.metadata["help"] + default, show_default=False)
+        annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+        parameters.append(
+            inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    recipe = typer.Option("--recipe", help="YAML file of these settings; flags override it.", show_default=False)
+    parameters.append(
+        inspect.Parameter(
+            "recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, recipe]
+        )
+    )
+    return parameters
+
+
+def command(name: str, settings: Any) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Makes a function of a settings dataclass a sub-command.
+
+    Args:
+        name: What it is called.
+        settings: The dataclass; its fields carry their help, `from_dict(values, origin)` checks values.
+    """
+
+    def decorate(run: Callable[[Any], None]) -> Callable[[Any], None]:
+        def invoke(**given: Any) -> None:
+            recipe = given.pop("recipe")
+            flags = {key: value for key, value in given.items() if value is not None}
+            values = {} if recipe is None else read_recipe(recipe)
+            run(settings.from_dict(values | flags, recipe or "the command line"))
+
+        invoke.__signature__ = inspect.Signature(flag_parameters(settings))  # type: ignore[attr-defined]
+        invoke.__doc__ = run.__doc__
+        app.command(name)(invoke)
+        return run
+
+    return decorate
+
+
+@command("upcycle", UpcycleArguments)
+def run_upcycle(args: UpcycleArguments) -> None:
+    """Make a sparse vision-language model of a dense LLM and a dense ViT, or of a dense vlmoe model (--vlm-model).
+
+    It computes what its parents compute: that is proved on the written files, or nothing is written. Parts whose
+    --*-experts is not given stay dense; with none of the three given, the LLM gets 8 experts, top-2.
+    """
+    from modeling_vlmoe.conversion import upcycle
+
+    if args.dry_run:
+        from modeling_vlmoe.conversion.upcycle import preview
+
+        typer.echo(preview(args))
+        return
+    output = upcycle(args)
+    typer.echo(describe_result(output))
+
+
+def describe_result(output: Any) -> str:
+    """What was written, in three lines."""
+    import json
+
+    receipt = json.loads((output / "upcycle_receipt.json").read_text(encoding="utf-8"))
+    parameters, proof = receipt["parameters"], receipt["proof"]
+    return (
+        f"{output}: {parameters['total']:,} parameters, {parameters['active']:,} active per token\n"
+        f"proved equal to its parents: largest gap {proof['largest_gap']:.1e} standard deviations "
+        f"(limit {proof['limit']:g})\n"
+        "receipt: upcycle_receipt.json"
+    )
+
+
+app.command("finetune", epilog=settings_help())(run_finetune)
+app.command("demo")(run_demo_command)
+
+
+def stop(signum: int, frame: Any) -> None:
+    """A polite kill unwinds like Ctrl-C, so that temporary folders are removed."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Runs the command line and turns what goes wrong into a message and an exit code."""
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        app()
+    except ValueError as error:
+        typer.echo(f"vlmoe: {error}", err=True)
+        sys.exit(USER_ERROR)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        typer.echo(f"vlmoe: {error.strerror}", err=True)
+        sys.exit(FAILED)
+
+
+if __name__ == "__main__":
+    main()

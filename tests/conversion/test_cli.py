@@ -1,0 +1,90 @@
+"""The command as a user runs it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+VLMOE = [sys.executable, "-c", "import sys; sys.argv[0] = 'vlmoe'; from modeling_vlmoe.cli import main; main()"]
+
+
+def vlmoe(*args):
+    return subprocess.run([*VLMOE, *map(str, args)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("command", [["--help"], ["upcycle", "--help"]], ids=" ".join)
+def test_help_is_fast_and_needs_no_torch(command):
+    blocked = [
+        sys.executable,
+        "-c",
+        "import sys; sys.modules['torch'] = None; sys.argv[0] = 'vlmoe'\n" + VLMOE[2].split("; ", 2)[2],
+    ]
+    start = time.perf_counter()
+    done = subprocess.run([*blocked, *command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "upcycle" in done.stdout
+    assert time.perf_counter() - start < 2
+
+
+def test_every_setting_has_a_flag_with_help():
+    from dataclasses import fields
+
+    from modeling_vlmoe.conversion import UpcycleArguments
+
+    text = vlmoe("upcycle", "--help").stdout
+    for item in fields(UpcycleArguments):
+        assert f"--{item.name.replace('_', '-')}" in text
+        assert item.metadata["help"].split()[0] in text
+
+
+def test_upcycle_from_a_recipe_and_flags(parents, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"text_model: {parents / 'llama'}\nvision_model: {parents / 'clip'}\ntext_experts: 4\nseed: 3\n")
+    done = vlmoe("upcycle", "--recipe", recipe, "--output-dir", tmp_path / "out", "--text-experts", 2)
+    assert done.returncode == 0, done.stderr
+    assert "proved equal to its parents" in done.stdout
+    receipt = (tmp_path / "out" / "upcycle_receipt.json").read_text()
+    assert '"num_experts": 2' in receipt
+    assert '"seed": 3' in receipt
+
+
+def test_a_dry_run_prints_and_writes_nothing(parents, tmp_path):
+    done = vlmoe(
+        "upcycle",
+        "--text-model",
+        parents / "llama",
+        "--vision-model",
+        parents / "clip",
+        "--output-dir",
+        tmp_path / "out",
+        "--dry-run",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "active per token" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--text-model", "someone/nothing", "--vision-model", "someone/nothing"],
+            "--text-model someone/nothing is neither",
+        ),
+        (["--recipe", "/no/such.yaml"], "There is no recipe /no/such.yaml"),
+        (["--text-layers", "all"], "text_layers is 'all'; expected layers"),
+    ],
+)
+def test_user_errors_are_one_message_and_code_2(tmp_path, flags, message):
+    done = vlmoe("upcycle", "--output-dir", tmp_path / "out", *flags)
+    assert done.returncode == 2
+    assert f"vlmoe: {message}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_unknown_flags_are_refused():
+    done = vlmoe("upcycle", "--tekst-model", "x")
+    assert (done.returncode, "No such option" in done.stderr) == (2, True)

@@ -1,0 +1,251 @@
+"""What cannot be a parent is refused, with the reason."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from modeling_vlmoe import mlp_layouts
+from modeling_vlmoe.conversion import UpcycleArguments, upcycle
+from modeling_vlmoe.conversion.planning import plan_upcycle
+from tests import tiny
+
+
+def edit_json(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def edit_tensors(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def refuses(arguments, leaves_nothing):
+    """Upcycling with these changes is refused with this message, and nothing is written."""
+
+    def check(message, **changes):
+        with leaves_nothing(), pytest.raises(ValueError, match=message):
+            upcycle(arguments(**changes))
+
+    return check
+
+
+def test_raises_when_an_id_is_unknown_offline(refuses):
+    refuses(
+        "--text-model someone/no-such-model is neither a folder nor in the local Hub cache",
+        text_model="someone/no-such-model",
+    )
+
+
+def test_raises_when_a_folder_is_not_there(refuses):
+    refuses("there is no such folder, and it is no Hub id", vision_model="/no/such/folder")
+
+
+def test_raises_when_a_parent_is_a_file(refuses, parents):
+    refuses("is a file; expected a folder or a Hub id", text_model=parents / "llama" / "config.json")
+
+
+def test_raises_when_a_revision_is_given_for_a_folder(refuses):
+    refuses("--text-revision main is given, but .* is a folder", text_revision="main")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_raises_when_a_file_of_the_llm_is_missing(refuses, copied, name):
+    text = copied("llama")
+    (text / name).unlink()
+    refuses("no tokenizer" if "tokenizer" in name else name, text_model=text)
+
+
+def test_raises_when_the_image_processor_is_missing(refuses, copied):
+    vision = copied("siglip")
+    (vision / "preprocessor_config.json").unlink()
+    refuses("has no image processor", vision_model=vision)
+
+
+def test_raises_when_the_config_is_no_json(refuses, copied):
+    text = copied("llama")
+    (text / "config.json").write_text("{")
+    refuses("config.json is not valid JSON", text_model=text)
+
+
+def test_raises_when_the_config_names_no_type(refuses, copied):
+    text = copied("llama")
+    (text / "config.json").write_text("{}")
+    refuses("config.json names no model_type", text_model=text)
+
+
+def test_raises_when_the_type_is_unknown(refuses, copied):
+    text = copied("llama")
+    edit_json(text / "config.json", model_type="no_such_type")
+    refuses("no_such_type", text_model=text)
+
+
+def test_raises_when_weights_are_truncated(refuses, copied):
+    text = copied("llama")
+    file = text / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    refuses("model.safetensors is corrupt or truncated", text_model=text)
+
+
+def test_raises_when_weights_are_pickled(refuses, copied):
+    text = copied("llama")
+    torch.save({}, text / "pytorch_model.bin")
+    (text / "model.safetensors").unlink()
+    refuses("only pickle weights", text_model=text)
+
+
+def test_raises_when_a_parent_is_quantised(refuses, copied):
+    text = copied("llama")
+    edit_json(text / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    refuses("is quantised", text_model=text)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_raises_when_the_llm_is_already_sparse(refuses, tmp_path_factory, family):
+    folder = tmp_path_factory.mktemp("sparse")
+    AutoConfig.for_model(family).save_pretrained(folder)
+    refuses(f"is already sparse: its {family} configuration has num_", text_model=folder)
+
+
+def test_raises_when_the_llm_is_a_vit(refuses, parents):
+    refuses("is a siglip_vision_model model, which is not a causal LLM", text_model=parents / "siglip")
+
+
+def test_raises_when_the_vit_is_an_llm(refuses, parents):
+    refuses("is a llama model, which is not a ViT", vision_model=parents / "llama")
+
+
+def test_raises_when_the_vit_has_no_known_mlp(refuses, monkeypatch):
+    gated = tuple(layout for layout in mlp_layouts.LAYOUTS if layout.is_gated)
+    monkeypatch.setattr(mlp_layouts, "LAYOUTS", gated)
+    refuses(r"SiglipVisionModel: encoder.layers.1 has no MLP that matches.*'fc1', 'fc2'", vision_experts=4)
+
+
+def test_raises_when_a_tower_has_no_list_of_layers(refuses, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vit")
+    config = AutoConfig.for_model("dinov3_vit", hidden_size=24, num_hidden_layers=3, num_attention_heads=2)
+    AutoModel.from_config(config).save_pretrained(folder)
+    tiny.image_processor("siglip").save_pretrained(folder)
+    refuses(r"DINOv3ViTModel has no list of layers", vision_model=folder, vision_experts=4)
+
+
+def test_raises_when_a_tensor_is_missing(refuses, copied):
+    text = copied("llama")
+    edit_tensors(text, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    refuses(r"lacks tensors of LlamaForCausalLM: model.layers.1.mlp.up_proj.weight \(1 in all\)", text_model=text)
+
+
+def test_raises_when_nobody_uses_a_tensor(refuses, copied):
+    text = copied("llama")
+    edit_tensors(text, lambda tensors: tensors.update({"model.layers.0.mlp.extra.weight": torch.ones(2)}))
+    refuses("tensors that LlamaForCausalLM has no place for: model.layers.0.mlp.extra.weight", text_model=text)
+
+
+def test_raises_when_a_tensor_has_another_shape(refuses, copied):
+    text = copied("llama")
+    edit_tensors(text, lambda tensors: tensors.update({"model.norm.weight": torch.ones(5)}))
+    refuses(r"model.norm.weight has the shape \(5,\), but config.json makes it \(32,\)", text_model=text)
+
+
+def test_raises_when_tied_tensors_differ(refuses, copied):
+    text = copied("llama")
+    edit_json(text / "config.json", tie_word_embeddings=True)
+    refuses("stores two unlike tensors", text_model=text)
+
+
+def test_a_tied_tensor_that_is_stored_twice_alike_is_dropped(arguments, copied):
+    text = copied("llama")
+    edit_json(text / "config.json", tie_word_embeddings=True)
+    edit_tensors(
+        text, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    )
+    plan = plan_upcycle(arguments(text_model=text))
+    assert plan.mapping.dropped["text"] == {"lm_head.weight": "tied to model.embed_tokens.weight"}
+
+
+def test_what_a_whole_checkpoint_holds_beside_the_vit_is_dropped_by_name(tmp_path, arguments):
+    whole = tiny.save_vision_parent(tmp_path / "whole", "clip", whole=True)
+    dropped = plan_upcycle(arguments(vision_model=whole)).mapping.dropped["vision"]
+    assert set(dropped.values()) == {"part of CLIPModel, not of CLIPVisionModel"}
+    assert {"logit_scale", "text_projection.weight", "visual_projection.weight"} < set(dropped)
+    assert not any(name.startswith("vision_model.") for name in dropped)
+
+
+def test_raises_when_a_whole_checkpoint_holds_what_is_not_its_own(refuses, tmp_path_factory):
+    whole = tiny.save_vision_parent(tmp_path_factory.mktemp("whole"), "siglip", whole=True)
+    edit_tensors(whole, lambda tensors: tensors.update({"audio_model.weight": torch.ones(1)}))
+    refuses("no place for: audio_model.weight", vision_model=whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_layers": "0,3", "text_experts": 4}, "text_moe.layers asks for layers .3., but the text tower has 3"),
+        (
+            {"vision_layers": "3", "vision_experts": 4},
+            "vision_moe.layers asks for layers .3., but the connector reads the output of layer 2",
+        ),
+        ({"text_experts": 2, "text_top_k": 3}, "text_moe.num_experts_per_tok is 3, but there are 2 experts"),
+        ({"connector_experts": 1}, "connector_moe.num_experts_per_tok is 2, but there are 1 experts"),
+        ({"text_experts": 0}, "text_moe.num_experts is 0"),
+        ({"vision_feature_layer": 9}, "vision_feature_layer is 9, but the vision tower has 4 layers"),
+        (
+            {"vision_feature_select_strategy": "cls"},
+            "--vision-feature-select-strategy is cls; expected default or full",
+        ),
+        ({"vision_layers": "1"}, "--vision-layers is given, but this part stays dense"),
+        ({"connector_top_k": 1, "text_experts": 4}, "--connector-top-k is given, but this part stays dense"),
+        ({"expert_init": "magic"}, "--expert-init magic is not known; expected one of copy"),
+        ({"router_init": "magic"}, "--router-init magic is not known; expected one of uniform"),
+        ({"dtype": "int8"}, "--dtype int8 is not known"),
+        ({"vision_model": None}, "Give --text-model and --vision-model, or --vlm-model alone; given: --text-model"),
+        ({"vlm_model": "a/b"}, "or --vlm-model alone"),
+        ({"output_dir": None}, "Give --output-dir"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_raises_when_settings_make_no_sense(refuses, changes, message):
+    refuses(message, **changes)
+
+
+def test_raises_when_the_vlm_parent_is_another_kind(refuses, parents):
+    refuses(
+        "is a llama model; expected a dense vlmoe one", text_model=None, vision_model=None, vlm_model=parents / "llama"
+    )
+
+
+def test_raises_when_a_part_of_the_vlm_parent_is_already_sparse(refuses, upcycled):
+    refuses(r"its text part is already sparse \(8 experts\)", text_model=None, vision_model=None, vlm_model=upcycled)
+
+
+def test_raises_when_a_vlmoe_model_is_given_as_llm(refuses, upcycled):
+    refuses("is a vlmoe model; a dense one is given as --vlm-model", text_model=upcycled)
+
+
+def test_raises_when_the_output_would_overwrite_a_parent(arguments, copied):
+    text = copied("llama")
+    with pytest.raises(ValueError, match=r"would be overwritten"):
+        upcycle(arguments(text_model=text, output_dir=text, force=True))
+    assert AutoModelForCausalLM.from_pretrained(text)
+
+
+def test_a_parent_in_the_hub_cache_is_found_offline_with_its_commit(parents, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "cache"
+    for role, source in (("text", "llama"), ("vision", "siglip")):
+        repo = cache / f"models--someone--{role}"
+        shutil.copytree(parents / source, repo / "snapshots" / commit)
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    args = UpcycleArguments(text_model="someone/text", vision_model="someone/vision", output_dir=str(tmp_path / "out"))
+    receipt = json.loads((upcycle(args) / "upcycle_receipt.json").read_text())
+    assert {role: (parent["name"], parent["revision"]) for role, parent in receipt["parents"].items()} == {
+        "text": ("someone/text", commit),
+        "vision": ("someone/vision", commit),
+    }
