@@ -46,7 +46,8 @@ def draw_picture(path: Path, test: Any, predictions: list[str], report: dict[str
     except ImportError as error:
         raise ValueError("The demo draws with matplotlib: pip install 'vlmoe[train]'.") from error
     figure = Figure(figsize=(14, 9.5), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.5, 1])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.5, 1])
+    top, bottom = parts
     top.suptitle(
         "Held-out scenes: question, answer (truth); of each kind the first, and a wrong one where there is one"
     )

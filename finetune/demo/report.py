@@ -19,20 +19,20 @@ ROWS = {
 
 def cell(share: dict[str, float]) -> str:
     """An accuracy with its 95 % interval."""
-    return f"{share['accuracy']:.3f} [{share['low']:.2f} {share['high']:.2f}]"
+    return f"{share['accuracy']:.3f} [{share['low']:.3f} {share['high']:.3f}]"
 
 
 def table(root: Path) -> str:
     """The accuracies of all contestants and controls."""
     columns = ("all", *KINDS)
-    lines = [f"{'accuracy [95 % interval]':<26}" + "".join(f"{name:<20}" for name in columns)]
+    lines = [f"{'accuracy [95 % interval]':<26}" + "".join(f"{name:<22}" for name in columns)]
     for name, (stage, key) in ROWS.items():
         found = read_result(root, stage)[key]
         shares = [found, *(found["groups"][kind] for kind in KINDS)]
-        lines.append(f"{name:<26}" + "".join(f"{cell(share):<20}" for share in shares))
+        lines.append(f"{name:<26}" + "".join(f"{cell(share):<22}" for share in shares))
     counts = read_result(root, "sparse")["accuracy"]
     numbers = [counts["count"], *(counts["groups"][kind]["count"] for kind in KINDS)]
-    lines.append(f"{'questions':<26}" + "".join(f"{number:<20}" for number in numbers))
+    lines.append(f"{'questions':<26}" + "".join(f"{number:<22}" for number in numbers))
     return "\n".join(lines)
 
 
