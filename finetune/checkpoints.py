@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 
@@ -34,7 +35,10 @@ def load_base(
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     check_base(load_base_config(model, revision, trust_remote_code), model)
     kernel = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
-    return AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, **kernel, **hub)
+    try:
+        return AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, use_safetensors=True, **kernel, **hub)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"The weights of model {model} cannot be read as safetensors: {error}") from error
 
 
 def load_base_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

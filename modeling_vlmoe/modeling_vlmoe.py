@@ -351,6 +351,7 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if a part cannot carry the experts asked for.
         """
+        kwargs.setdefault("use_safetensors", True)  # pickle weights are never loaded
         text = AutoModelForCausalLM.from_pretrained(text_model_name_or_path, **kwargs)
         vision = AutoModel.from_pretrained(vision_model_name_or_path, **kwargs)
         vision = getattr(vision, "vision_model", vision)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from modeling_vlmoe.finetune import ChatCollator, finetune, load_chat_data, load_finetuned, merge_adapter
+from modeling_vlmoe.finetune.checkpoints import load_base
 
 SCRIPT = """
 import sys, torch
@@ -136,3 +137,11 @@ def test_raises_when_an_adapter_is_given_as_the_model(adapter, arguments, tmp_pa
     shutil.rmtree(adapter / "merged")
     with pytest.raises(ValueError, match=r"has no config.json. It holds an adapter: merge it first"):
         finetune(arguments(model=str(adapter), output_dir=str(tmp_path / "next")))
+
+
+def test_raises_when_the_weights_are_truncated(base, tmp_path):
+    broken = shutil.copytree(base, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        load_base(str(broken))
