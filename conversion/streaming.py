@@ -127,7 +127,7 @@ class CheckpointReader:
         return self._home[name].get_tensor(name)
 
     def span(self, name: str) -> MappedSpan:
-        """Where a tensor is, for reading it ahead and letting it go."""
+        """Where a tensor is, so that its pages can be let go of."""
         return MappedSpan(self.tensor(name), *self._place(name))
 
     def _place(self, name: str) -> tuple[Path, int]:

@@ -32,7 +32,6 @@ from .streaming import CheckpointReader
 
 LIMIT = 1e-5
 NUM_TOKENS = 32
-PROOF_ORDER = ("vision", "connector", "text")
 
 __all__ = ["LIMIT", "ProofError", "prove"]
 
@@ -47,14 +46,13 @@ def sparse_model(plan: UpcyclePlan, reader: CheckpointReader) -> PreTrainedModel
 
 
 def expert_pages(plan: UpcyclePlan, reader: CheckpointReader, model: PreTrainedModel) -> PageFlow:
-    """Reads the experts' pages ahead, in the order of the proof."""
-    blocks = []
-    for part in PROOF_ORDER:
-        for path in [path for path in plan.mlps if path.startswith(PART_PREFIX[part])]:
-            experts = model.get_submodule(f"{path}.experts")
-            names = [f"{path}.experts.{name}" for name, _ in experts.named_parameters(recurse=False)]
-            blocks.append((experts, [reader.span(name) for name in names]))
-    return PageFlow(blocks)
+    """Lets go of each stack of experts when it has run: the model may be larger than the memory that is free."""
+    pages = PageFlow()
+    for path in plan.mlps:
+        experts = model.get_submodule(f"{path}.experts")
+        names = [f"{path}.experts.{name}" for name, _ in experts.named_parameters(recurse=False)]
+        pages.let_go_after(experts, [reader.span(name) for name in names])
+    return pages
 
 
 def reference_model(plan: UpcyclePlan, role: str) -> PreTrainedModel:
