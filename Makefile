@@ -4,7 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+# Another TORCH, another stamp: it is installed anew.
+READY := $(VENV)/.ready-$(subst =,_,$(TORCH))
 DEMO_DIR ?= demo-output
 SEED ?= 0
 
@@ -14,6 +15,7 @@ $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	rm -f $(VENV)/.ready-*
 	touch $(READY)
 
 demo: $(READY)

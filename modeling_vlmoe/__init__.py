@@ -78,5 +78,5 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
-if Path(sys.argv[0] if sys.argv else "").stem != "vlmoe":
+if Path(sys.argv[0] if sys.argv else "").name not in ("vlmoe", "vlmoe.exe"):
     register()

@@ -18,6 +18,11 @@ class ConnectorMLP(nn.Module):
 
     def __init__(self, config: VLMoEConfig):
         super().__init__()
+        if config.connector_hidden_act not in ACT2FN:
+            raise ValueError(
+                f"connector_hidden_act is {config.connector_hidden_act!r}; expected one of "
+                f"{', '.join(sorted(ACT2FN))}."
+            )
         chosen = config.vision_feature_layer
         num_features = 1 if isinstance(chosen, int) else len(chosen)
         width = config.text_config.hidden_size

@@ -49,3 +49,11 @@ class VLMoECausalLMOutputWithPast(ModelOutput):
     connector_router_logits: tuple[Tensor, ...] | None = None
     router_losses: dict[str, Tensor] | None = None
     aux_loss: Tensor | None = None
+
+
+@dataclass
+class VLMoESequenceClassifierOutputWithPast(VLMoECausalLMOutputWithPast):
+    """Outputs of [`VLMoEForSequenceClassification`].
+
+    `logits` are (batch, classes), `loss` is the classification loss.
+    """

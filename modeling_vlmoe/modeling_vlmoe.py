@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
-from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import select_hidden_states
 
 from .configuration_vlmoe import VLMoEConfig, sparse_fields
 from .connector import VLMoEConnector
-from .model_outputs import VLMoECausalLMOutputWithPast, VLMoEModelOutputWithPast
+from .model_outputs import (
+    VLMoECausalLMOutputWithPast,
+    VLMoEModelOutputWithPast,
+    VLMoESequenceClassifierOutputWithPast,
+)
 from .recorders import install_recorders, make_recorders_picklable, register_recorders
 from .router_losses import RouterContext, follow_loss, weighted_mean
 from .towers import (
@@ -79,7 +81,13 @@ class VLMoEModel(VLMoEPreTrainedModel):
 
     Args:
         config: the configuration; `vision_feature_select_strategy` is resolved in it where it was None.
+
+    Attributes:
+        micro_batch_share: the weight of one micro-batch's router losses under a trainer that makes its own loss, that
+            is 1 / accumulation steps.
     """
+
+    micro_batch_share: float = 1.0
 
     def __init__(self, config: VLMoEConfig):
         config.check_experts()
@@ -118,7 +126,6 @@ class VLMoEModel(VLMoEPreTrainedModel):
 
     @merge_with_config_defaults
     @can_return_tuple
-    @select_hidden_states("vision_feature_layer")
     def get_image_features(
         self,
         pixel_values: Tensor,
@@ -139,14 +146,12 @@ class VLMoEModel(VLMoEPreTrainedModel):
             The ViT's outputs, with `pooler_output` a list of one (tokens, text width) tensor per image, and
             `router_logits`, `connector_router_logits`, `router_losses`, `connector_router_losses` where they arise.
         """
-        is_sparse = self.config.vision_moe is not None
-        outputs = self.vision_tower(
-            pixel_values.to(self.vision_tower.dtype),
-            return_dict=True,
-            **(context_kwargs(router_context) if is_sparse else {}),
-            **kwargs,
-        )
         layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else list(vision_feature_layer or ())
+        if not kwargs.get("output_hidden_states"):
+            kwargs["output_hidden_states"] = layers  # only these are kept
+        if self.config.vision_moe is not None:
+            kwargs |= context_kwargs(router_context)
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
         first = 1 if vision_feature_select_strategy == "default" else 0
         features = torch.cat([outputs.hidden_states[layer][:, first:] for layer in layers], dim=-1)
         embeddings, logits, losses = self.connector(features.to(self.connector.dtype), router_context)
@@ -184,14 +189,25 @@ class VLMoEModel(VLMoEPreTrainedModel):
         )
         return mask.unsqueeze(-1)
 
-    def _router_context(self, attention_mask: Tensor | None, share: Tensor | None) -> RouterContext | None:
-        """The context of this forward pass: in training, where the model has experts."""
+    def router_context(
+        self, attention_mask: Tensor | None, share: Tensor | None = None, has_loss: bool = False
+    ) -> RouterContext | None:
+        """The context of this forward pass: in training, where the model has experts.
+
+        Args:
+            attention_mask: (batch, sequence), 1 for real tokens.
+            share: this micro-batch's share of the optimizer step, where it is known.
+            has_loss: whether the task loss is computed by the model, so that it shows what a trainer does to it; where
+                it is not, `micro_batch_share` is what the trainer's callback says it does.
+        """
         has_experts = any(self.config.moe(part) is not None for part in ("text", "vision", "connector"))
         if not (self.training and has_experts and torch.is_grad_enabled()):
             return None
         context = RouterContext(loss_scale=torch.ones((), device=self.device))
         if share is not None:
             context.share = share
+        elif not has_loss:
+            context.share = torch.tensor(self.micro_batch_share, device=self.device)
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             context.token_mask = attention_mask.bool()
         return context
@@ -250,7 +266,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
         if output_router_logits is None:
             output_router_logits = bool(getattr(self.config.text_config, "output_router_logits", False))
         if router_context is None:
-            router_context = self._router_context(attention_mask, None)
+            router_context = self.router_context(attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -305,7 +321,7 @@ def _micro_batch_share(labels: Tensor | None, num_items_in_batch: Any) -> Tensor
     if labels is None or num_items_in_batch is None:
         return None
     total = torch.as_tensor(num_items_in_batch, device=labels.device).sum().clamp(min=1)
-    return (labels != -100).sum().float() / total
+    return (labels[..., 1:] != -100).sum().float() / total  # as the Trainer counts: nothing predicts the first token
 
 
 class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
@@ -355,6 +371,10 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         text = AutoModelForCausalLM.from_pretrained(text_model_name_or_path, **kwargs)
         vision = AutoModel.from_pretrained(vision_model_name_or_path, **kwargs)
         vision = getattr(vision, "vision_model", vision)
+        if vision.main_input_name != "pixel_values":
+            raise ValueError(
+                f"{vision_model_name_or_path} is a {vision.config.model_type}, which does not read images."
+            )
         if declared := sparse_fields(text.config):
             raise ValueError(
                 f"{text_model_name_or_path} is a {text.config.model_type}, which is sparse already (it declares "
@@ -369,6 +389,7 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
             image_token_id=image_token_id,
         )
         config.dtype = text.dtype
+        vision = vision.to(text.dtype)  # a checkpoint holds one dtype, and would widen the LLM to a float32 ViT's
         with torch.device("meta"):
             model = cls(config)
         model._adopt_parents(text, vision, experts_implementation)
@@ -435,9 +456,8 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
 
         The other arguments are those of [`VLMoEModel.forward`].
         """
-        context = self.model._router_context(
-            attention_mask, _micro_batch_share(labels, kwargs.get("num_items_in_batch"))
-        )
+        share = _micro_batch_share(labels, kwargs.get("num_items_in_batch"))
+        context = self.model.router_context(attention_mask, share, has_loss=labels is not None)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -466,20 +486,40 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         return VLMoECausalLMOutputWithPast(loss=loss, logits=logits, **fields)
 
 
-class VLMoEForSequenceClassification(GenericForSequenceClassification, VLMoEPreTrainedModel):
+class VLMoEForSequenceClassification(VLMoEPreTrainedModel):
     """The vision-language model with a linear head on the last token, for image and text classification.
 
     Args:
         config: the configuration; `num_labels` classes.
     """
 
+    # The loss is a mean over samples, not over `num_items_in_batch`, so the Trainer has to divide it by the steps.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: VLMoEConfig):
-        # Not through AutoModel, which does not know this class in remote code.
-        VLMoEPreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.num_labels = config.num_labels
         self.model = VLMoEModel(config)
-        self.score = nn.Linear(config.text_config.hidden_size, self.num_labels, bias=False)
+        self.score = nn.Linear(config.text_config.hidden_size, config.num_labels or 2, bias=False)
         self.post_init()
+
+    def _last_tokens(self, input_ids: Tensor | None, attention_mask: Tensor | None, length: int) -> Tensor:
+        """The position of each row's last real token, (batch,), or the last position where padding is unknown.
+
+        Raises:
+            ValueError: if rows of several samples may be padded and nothing tells where.
+        """
+        pad = self.config.text_config.pad_token_id
+        if attention_mask is not None:
+            is_real = attention_mask.bool()
+        elif input_ids is not None and pad is not None:
+            is_real = input_ids != pad
+        elif input_ids is None or len(input_ids) == 1:
+            return torch.tensor([length - 1], device=self.device)
+        else:
+            raise ValueError("Several samples, and no padding known: give attention_mask, or set config.pad_token_id.")
+        positions = torch.arange(length, device=is_real.device)
+        return (positions * is_real).argmax(-1)
 
     @can_return_tuple
     def forward(
@@ -487,25 +527,38 @@ class VLMoEForSequenceClassification(GenericForSequenceClassification, VLMoEPreT
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
-    ):
-        """Classifies each sample; `labels` is (batch,). The other arguments are those of [`VLMoEModel.forward`]."""
-        context = self.model._router_context(attention_mask, None)
-        outputs = super().forward(
+    ) -> VLMoESequenceClassifierOutputWithPast:
+        """Classifies each sample.
+
+        Args:
+            labels: (batch,) classes, or what `config.problem_type` calls for.
+
+        The other arguments are those of [`VLMoEModel.forward`].
+        """
+        context = self.model.router_context(attention_mask, has_loss=labels is not None)
+        outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
-            labels=labels,
             pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             router_context=context,
             return_dict=True,
             **kwargs,
         )
-        if outputs.loss is not None:
-            outputs.loss = follow_loss(outputs.loss, context)
-        return outputs
+        hidden = outputs.last_hidden_state
+        last = self._last_tokens(input_ids, attention_mask, hidden.shape[1])
+        logits = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            loss = follow_loss(loss, context)
+        fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return VLMoESequenceClassifierOutputWithPast(loss=loss, logits=logits, **fields)
 
 
 __all__ = ["VLMoEForConditionalGeneration", "VLMoEForSequenceClassification", "VLMoEModel", "VLMoEPreTrainedModel"]

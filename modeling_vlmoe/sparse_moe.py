@@ -114,7 +114,18 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def copy_dense(self, dense_mlp: nn.Module, layout: MLPLayout) -> None:
-        """Makes each expert the dense MLP, biases too (MATHS 2, *copy*)."""
+        """Makes each expert the dense MLP, biases too (MATHS 2, *copy*).
+
+        Raises:
+            ValueError: if the experts are not as wide as the dense MLP.
+        """
+        dense_width = getattr(dense_mlp, layout.down).in_features
+        if self.intermediate_size != dense_width:
+            raise ValueError(
+                f"moe_intermediate_size is {self.intermediate_size}, but the dense MLP is {dense_width} wide; a copy "
+                "keeps "
+                "the width. Leave moe_intermediate_size out."
+            )
         for name, sources in layout.expert_sources(self.is_biased).items():
             getattr(self, name).copy_(torch.cat([dense_mlp.get_parameter(source) for source in sources]))
 
@@ -141,36 +152,53 @@ class Experts(nn.Module):
         return out
 
 
-class _SquareExperts:
-    """What a host kernel reads from experts, with input and output widened by zeros to one width."""
+ALIGNMENT = 8  # grouped_mm wants rows of a multiple of 16 bytes
 
-    def __init__(self, experts: Experts, width: int):
+
+def _aligned(width: int) -> int:
+    return -(-width // ALIGNMENT) * ALIGNMENT
+
+
+class _WidenedExperts:
+    """What a host kernel reads from experts.
+
+    Input and output widened by zeros to one width, and every width aligned.
+    """
+
+    def __init__(self, experts: Experts):
         self.config, self.num_experts, self.act_fn = experts.config, experts.num_experts, experts.act_fn
         self.has_gate, self.has_bias = experts.has_gate, experts.has_bias
         self.has_post_expert_norm, self._is_expert_parallel = experts.has_post_expert_norm, experts._is_expert_parallel
         self.is_transposed, self.is_concatenated = experts.is_transposed, experts.is_concatenated
         self.experts = experts
+        _, width_out, expert_width = experts.down_proj.shape
         stack = experts.gate_up_proj if experts.has_gate else experts.up_proj
-        stack = F.pad(stack, (0, width - stack.shape[-1]))
-        missing = width - experts.down_proj.shape[1]
-        self.down_proj = F.pad(experts.down_proj, (0, 0, 0, missing))
+        width_in, halves = stack.shape[-1], stack.shape[1] // expert_width
+        self.width = _aligned(max(width_in, width_out))
+        more, more_out = _aligned(expert_width) - expert_width, self.width - width_out
+        num_experts = stack.shape[0]
+        stack = F.pad(stack.view(num_experts, halves, expert_width, width_in), (0, self.width - width_in, 0, more))
+        stack = stack.flatten(1, 2)
+        self.down_proj = F.pad(experts.down_proj, (0, more, 0, more_out))
+        bias = None
         if experts.has_bias:
-            self.down_proj_bias = F.pad(experts.down_proj_bias, (0, missing))
+            bias = experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias
+            bias = F.pad(bias.view(num_experts, halves, expert_width), (0, more)).flatten(1, 2)
+            self.down_proj_bias = F.pad(experts.down_proj_bias, (0, more_out))
         if experts.has_gate:
-            self.gate_up_proj = stack
-            self.gate_up_proj_bias = experts.gate_up_proj_bias if experts.has_bias else None
+            self.gate_up_proj, self.gate_up_proj_bias = stack, bias
         else:
-            self.up_proj = stack
-            self.up_proj_bias = experts.up_proj_bias if experts.has_bias else None
+            self.up_proj, self.up_proj_bias = stack, bias
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         return self.experts._apply_gate(gate_up)
 
 
-class RectangularExperts(Experts):
-    """Experts whose output is wider or narrower than their input, as in the connector.
+class PaddedExperts(Experts):
+    """Experts whose widths the host's kernels do not take as they are.
 
-    The host's kernels take the output's width from the input, so they are given both widened to the larger one.
+    Their output may be wider or narrower than their input, as in the connector (the kernels take its width from the
+    input), or a width may not be aligned. The kernels are given tensors widened with zeros; what is stored is not.
     """
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -178,10 +206,9 @@ class RectangularExperts(Experts):
         if self.config._experts_implementation == "eager":
             return super().forward(hidden_states, top_k_index, top_k_weights)
         kernel = ALL_EXPERTS_FUNCTIONS.get_interface(self.config._experts_implementation, Experts.forward)
-        width_in, width_out = hidden_states.shape[-1], self.down_proj.shape[1]
-        width = -(-max(width_in, width_out) // 8) * 8  # grouped_mm wants rows of a multiple of 16 bytes
-        widened = F.pad(hidden_states, (0, width - width_in))
-        return kernel(_SquareExperts(self, width), widened, top_k_index, top_k_weights)[:, :width_out]
+        widened = _WidenedExperts(self)
+        hidden_states = F.pad(hidden_states, (0, widened.width - hidden_states.shape[-1]))
+        return kernel(widened, hidden_states, top_k_index, top_k_weights)[:, : self.down_proj.shape[1]]
 
 
 class SparseMoE(nn.Module):
@@ -197,11 +224,10 @@ class SparseMoE(nn.Module):
     def __init__(self, config: PreTrainedConfig, moe: Any, dense_mlp: nn.Module, num_layers: int):
         super().__init__()
         layout = find_layout(dense_mlp, "the dense MLP")
-        width, out_width = (
-            getattr(dense_mlp, layout.inputs[0]).in_features,
-            getattr(dense_mlp, layout.down).out_features,
-        )
-        experts_class = Experts if width == out_width else RectangularExperts
+        width, down = getattr(dense_mlp, layout.inputs[0]).in_features, getattr(dense_mlp, layout.down)
+        widths = (width, moe.moe_intermediate_size or down.in_features)
+        is_regular = width == down.out_features and all(one == _aligned(one) for one in widths)
+        experts_class = Experts if is_regular else PaddedExperts
         self.experts: Experts = experts_class(config, moe.num_experts, dense_mlp, moe.moe_intermediate_size)
         # The host's decorator sets these two after __init__, per class; here gate and bias differ per instance.
         self.experts.has_gate, self.experts.has_bias = self.experts.is_gated, self.experts.is_biased

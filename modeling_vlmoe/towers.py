@@ -103,15 +103,6 @@ def find_dense_mlp(tower: nn.Module, index: int) -> DenseMLP:
     return DenseMLP(f"{where}.{names[0]}", layer, names[0], layout)
 
 
-def find_dense_mlps(tower: nn.Module) -> list[DenseMLP]:
-    """The dense MLPs of all layers, in order.
-
-    Raises:
-        ValueError: as `find_dense_mlp`.
-    """
-    return [find_dense_mlp(tower, index) for index in range(len(tower_layers(tower)[1]))]
-
-
 def sparse_blocks(module: nn.Module) -> list[tuple[str, SparseMoE]]:
     """The sparse blocks below a module, with their paths."""
     return [(path, child) for path, child in module.named_modules() if isinstance(child, SparseMoE)]

@@ -50,7 +50,7 @@ def test_the_cache_agrees_with_whole_forward_passes(model):
     assert torch.equal(ids[:, -4:], new_tokens(model, inputs, max_new_tokens=4, min_new_tokens=4))
 
 
-def test_sampling_repeats_with_its_seed_and_reads_the_images(model):
+def test_sampling_repeats_with_its_seed(model):
     inputs = batch(COUNTS)
     kwargs = {"do_sample": True, "num_return_sequences": 3}
     torch.manual_seed(5)

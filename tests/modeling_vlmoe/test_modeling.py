@@ -8,7 +8,12 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEForSequenceClassification, VLMoEModel
+from modeling_vlmoe import (
+    VLMoEConfig,
+    VLMoEForConditionalGeneration,
+    VLMoEForSequenceClassification,
+    VLMoEModel,
+)
 from tests import tiny
 from tests.models import ALL_SPARSE, EXPERTS, IMAGE_TOKEN, PAIRS, batch, gap, single, sparse_config, sparse_model
 
@@ -130,8 +135,8 @@ def test_kernels_agree_in_logits_and_gradients():
 
 
 @pytest.mark.parametrize("requested", ["eager", "batched_mm", "grouped_mm", None])
-def test_the_requested_kernel_reaches_every_part(tmp_path, requested):
-    sparse_model(vision_moe=None).save_pretrained(tmp_path)
+def test_the_requested_kernel_reaches_every_sparse_part(tmp_path, requested):
+    sparse_model(vision_moe=None).save_pretrained(tmp_path)  # a dense part would refuse a kernel for experts
     kwargs = {} if requested is None else {"experts_implementation": requested}
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, **kwargs)
     assert model.model.language_model.config._experts_implementation == (requested or "grouped_mm")
@@ -336,3 +341,75 @@ def test_the_base_model_takes_what_the_head_takes():
     base = model.model(**inputs)
     assert isinstance(model.model, VLMoEModel)
     torch.testing.assert_close(model.lm_head(base.last_hidden_state), model(**inputs).logits)
+
+
+@pytest.mark.parametrize("feature_layer", [0, [0], -1, [1, -2], -5], ids=str)
+def test_every_feature_layer_that_passes_validation_is_read(feature_layer):
+    config = sparse_config(vision_moe=None, vision_feature_layer=feature_layer)
+    model = tiny.redraw(VLMoEForConditionalGeneration(config)).eval()
+    inputs = batch((1, 2))
+    hidden = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    wanted, _, _ = model.model.connector(torch.cat([hidden[layer] for layer in layers], dim=-1))
+    found = torch.stack(model.get_image_features(inputs["pixel_values"]).pooler_output)
+    torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+    assert model(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_widths_that_no_kernel_likes_work_all_the_same(implementation):
+    odd = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 17}
+    parts = {"text_moe": odd, "vision_moe": EXPERTS, "connector_moe": odd}
+    vision = tiny.vision_config("siglip", hidden_size=22, intermediate_size=37)
+    config = VLMoEConfig(
+        text_config=tiny.text_config("llama"), vision_config=vision, image_token_id=IMAGE_TOKEN, **parts
+    )
+    model, inputs = tiny.redraw(VLMoEForConditionalGeneration(config)).eval(), batch((1, 2))
+    wanted = model(**inputs).logits
+    model.set_experts_implementation(implementation)
+    assert gap(model(**inputs).logits, wanted) <= 1e-5
+
+
+def test_parents_of_unlike_precision_reload_as_they_were(parents, tmp_path):
+    tiny.save_text_parent(tmp_path / "llm", "llama", dtype=torch.bfloat16)
+    model = upcycled(parents, tmp_path / "llm", "siglip")
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    assert again.model.language_model.dtype == again.model.vision_tower.dtype == torch.bfloat16
+    torch.testing.assert_close(again(**batch()).logits, model(**batch()).logits, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("vision", "fields", "message"),
+    [
+        ("llama", {}, "llama is a llama, which does not read images"),
+        (
+            "siglip",
+            {"text_moe": {"moe_intermediate_size": 40}},
+            "moe_intermediate_size is 40, but the dense MLP is 48 wide",
+        ),
+    ],
+)
+def test_raises_when_parents_cannot_be_upcycled_so(parents, vision, fields, message):
+    with pytest.raises(ValueError, match=message):
+        upcycled(parents, "llama", vision, **fields)
+
+
+def test_raises_when_the_connectors_activation_is_unknown():
+    with pytest.raises(ValueError, match="connector_hidden_act is 'foo'"):
+        sparse_model(connector_hidden_act="foo")
+
+
+def test_a_classifier_reports_its_routing():
+    model = tiny.redraw(VLMoEForSequenceClassification(sparse_config(num_labels=3))).train()
+    out = model(**batch(), labels=torch.tensor([0, 2]), output_router_logits=True)
+    assert len(out.router_logits) == 3
+    assert set(out.router_losses) == {"text", "vision", "connector"}
+
+
+def test_raises_when_a_classifier_cannot_tell_padding():
+    config = sparse_config(num_labels=3)
+    config.text_config.pad_token_id = None
+    model = VLMoEForSequenceClassification(config)
+    with pytest.raises(ValueError, match="no padding known"):
+        model(batch((0, 0))["input_ids"])

@@ -4,7 +4,7 @@ from torch import nn
 from transformers import AutoModel
 
 from modeling_vlmoe import MoEConfig
-from modeling_vlmoe.towers import find_dense_mlps, has_class_token, make_sparse, sparse_tower_class
+from modeling_vlmoe.towers import find_dense_mlp, has_class_token, make_sparse, sparse_tower_class
 from tests import tiny
 from tests.models import gap
 
@@ -90,13 +90,12 @@ def test_raises_when_a_tower_has_no_layers():
     from transformers import ResNetConfig
 
     with pytest.raises(ValueError, match="has no list of layers"):
-        find_dense_mlps(AutoModel.from_config(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])))
+        find_dense_mlp(AutoModel.from_config(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])), 0)
 
 
 def test_only_the_pooling_head_is_left_out_of_siglips_mlps():
-    assert [mlp.path for mlp in find_dense_mlps(tiny.vision_model("siglip"))] == [
-        f"encoder.layers.{i}.mlp" for i in range(4)
-    ]
+    tower = tiny.vision_model("siglip")
+    assert [find_dense_mlp(tower, i).path for i in range(4)] == [f"encoder.layers.{i}.mlp" for i in range(4)]
 
 
 def test_class_tokens_are_found():
