@@ -1,8 +1,7 @@
 """Configuration of a sparse vision-language model: two towers, a connector, and which parts of them carry experts.
 
 Invariant: for the LLM, the names that trainers and servers know (`HOSTED_FIELDS`) live on `text_config` and nowhere
-    else;
-`config.text_moe` reads and writes them through.
+else; `config.text_moe` reads and writes them through.
 
     >>> config = VLMoEConfig(text_config=llama_config, vision_config=siglip_config, text_moe={"num_experts": 8})
     >>> config.text_moe.layers, config.text_config.num_experts_per_tok

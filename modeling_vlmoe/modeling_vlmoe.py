@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 
-from .configuration_vlmoe import VLMoEConfig, sparse_fields
+from .configuration_vlmoe import VLMoEConfig
 from .connector import VLMoEConnector
+from .from_parents import adopt_parents, load_parents
 from .model_outputs import (
     VLMoECausalLMOutputWithPast,
     VLMoEModelOutputWithPast,
@@ -28,7 +29,6 @@ from .towers import (
     has_class_token,
     init_sparse_weights,
     make_sparse,
-    mark_initialized,
     tower_layers,
 )
 
@@ -189,6 +189,15 @@ class VLMoEModel(VLMoEPreTrainedModel):
         )
         return mask.unsqueeze(-1)
 
+    def _insert_images(self, input_ids: Tensor | None, inputs_embeds: Tensor, images: Any) -> tuple[Tensor, Tensor]:
+        """Puts the images' features, (tokens, text width) each, in their places.
+
+        Gives the embeddings and all features.
+        """
+        features = torch.cat(list(images)).to(inputs_embeds.device, inputs_embeds.dtype)
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds, features)
+        return inputs_embeds.masked_scatter(mask, features), features
+
     def router_context(
         self, attention_mask: Tensor | None, share: Tensor | None = None, has_loss: bool = False
     ) -> RouterContext | None:
@@ -261,34 +270,27 @@ class VLMoEModel(VLMoEPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if pixel_values is not None and mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
+        image = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and image is not None:
             raise ValueError("Images came twice, as pixel_values and as mm_encoder_outputs; give one of them.")
         if output_router_logits is None:
             output_router_logits = bool(getattr(self.config.text_config, "output_router_logits", False))
         if router_context is None:
             router_context = self.router_context(attention_mask)
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-
-        image = (mm_encoder_outputs or {}).get("image")
-        image_features = None
-        if image is None and pixel_values is not None:
-            image_context = router_context and RouterContext(
-                share=router_context.share, loss_scale=router_context.loss_scale
-            )
+        if pixel_values is not None:
             image = self.get_image_features(
                 pixel_values,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
-                router_context=image_context,
+                router_context=router_context and router_context.without_mask(),
                 output_router_logits=output_router_logits,
                 return_dict=True,
             )
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_features = None
         if image is not None:
-            image_features = torch.cat(list(image["pooler_output"])).to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-
+            inputs_embeds, image_features = self._insert_images(input_ids, inputs_embeds, image["pooler_output"])
         if self.config.text_moe is not None:
             kwargs |= context_kwargs(router_context) | {"output_router_logits": output_router_logits}
         outputs = self.language_model(
@@ -362,24 +364,12 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
                 `vision_moe` and `connector_moe`.
             image_token_id: the placeholder's id; it may be set later, once the processor is known.
             experts_implementation: the kernel.
-            **kwargs: given to both parents' `from_pretrained` (dtype, device_map, revision, ...).
+            **kwargs: given to both parents' `from_pretrained` (dtype, device_map, ...); without a dtype the ViT gets the LLM's.
 
         Raises:
             ValueError: if a part cannot carry the experts asked for.
         """
-        kwargs.setdefault("use_safetensors", True)  # pickle weights are never loaded
-        text = AutoModelForCausalLM.from_pretrained(text_model_name_or_path, **kwargs)
-        vision = AutoModel.from_pretrained(vision_model_name_or_path, **kwargs)
-        vision = getattr(vision, "vision_model", vision)
-        if vision.main_input_name != "pixel_values":
-            raise ValueError(
-                f"{vision_model_name_or_path} is a {vision.config.model_type}, which does not read images."
-            )
-        if declared := sparse_fields(text.config):
-            raise ValueError(
-                f"{text_model_name_or_path} is a {text.config.model_type}, which is sparse already (it declares "
-                f"{', '.join(declared)}); upcycling starts from a dense LLM."
-            )
+        text, vision = load_parents(vision_model_name_or_path, text_model_name_or_path, **kwargs)
         config = VLMoEConfig(
             text_config=text.config.to_dict(),
             vision_config=vision.config.to_dict(),
@@ -389,36 +379,10 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
             image_token_id=image_token_id,
         )
         config.dtype = text.dtype
-        vision = vision.to(text.dtype)  # a checkpoint holds one dtype, and would widen the LLM to a float32 ViT's
         with torch.device("meta"):
             model = cls(config)
-        model._adopt_parents(text, vision, experts_implementation)
+        adopt_parents(model, text, vision, experts_implementation)
         return model.eval()
-
-    def _adopt_parents(
-        self, text: PreTrainedModel, vision: PreTrainedModel, experts_implementation: str | None
-    ) -> None:
-        """Puts the parents' own modules in the place of this model's, made sparse, with a new connector."""
-        config, body = self.config, self.model
-        towers: list[tuple[str, Any, Any, Any]] = [
-            ("language_model", text.base_model, config.text_moe, config.text_config),
-            ("vision_tower", vision, config.vision_moe, config.vision_config),
-        ]
-        for name, tower, moe, sub_config in towers:
-            sub_config._attn_implementation = tower.config._attn_implementation
-            for module in tower.modules():
-                if getattr(module, "config", None) is tower.config:
-                    module.config = sub_config
-            if moe is not None:
-                make_sparse(tower, moe, experts_implementation, copy=True)
-            setattr(body, name, tower)
-        self.lm_head = text.get_output_embeddings()
-        mark_initialized(self.lm_head)
-        body.connector = VLMoEConnector(config).to(text.dtype).to(text.device)
-        self.generation_config = text.generation_config
-        self.post_init()
-        body.post_init()
-        install_recorders(body)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

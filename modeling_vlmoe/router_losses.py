@@ -37,6 +37,10 @@ class RouterContext:
     share: Tensor = field(default_factory=_one)
     loss_scale: Tensor = field(default_factory=_one)
 
+    def without_mask(self) -> "RouterContext":
+        """The same for images, of which every token is real."""
+        return RouterContext(share=self.share, loss_scale=self.loss_scale)
+
 
 def balance_loss(probability_TE: Tensor, expert_TK: Tensor, mask_T: Tensor) -> Tensor:
     """The load-balancing loss of one layer.

@@ -1,8 +1,7 @@
 """The sparse Mixture-of-Experts block: a router and a stack of experts in the place of a dense MLP.
 
 Invariant: with `norm_topk_prob` the routing weights of a token sum to one, so experts that are copies of the dense MLP
-    compute
-the dense MLP, whatever the router (Sparse Upcycling, 2212.05055; MATHS 1).
+compute the dense MLP, whatever the router (Sparse Upcycling, 2212.05055; MATHS 1).
 
 Shapes: T tokens, D model width, O output width (D but for the connector), F expert width, E experts, K experts per
     token.
