@@ -8,19 +8,29 @@ import json
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from huggingface_hub import is_offline_mode
+from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 from transformers.integrations import is_tensorboard_available
 
-from .settings import LORA_PARTS, LORA_TARGETS, METHODS, FinetuneSettings
+from modeling_vlmoe import recipe_files
 
-SETTINGS_NAME = "finetune_settings.yaml"
+from .recipes import shipped_recipes
+from .settings import DTYPES, LORA_PARTS, LORA_TARGETS, METHODS, FinetuneSettings
+
 REQUIRED = ("model", "data", "output_dir")
+# Settings that count something, of which there has to be one at least.
+COUNTS = (
+    "max_length",
+    "lora_r",
+    "gradient_accumulation_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+)
 
 
 @dataclass
@@ -34,6 +44,7 @@ class FinetuneArguments(FinetuneSettings, TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Has to stay off: the collator reads the columns `messages` and `images`."}
     )
+    recipe: Path | None = field(default=None, init=False)  # the file that these settings were read from
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,19 +53,23 @@ class FinetuneArguments(FinetuneSettings, TrainingArguments):
         if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # the host would warn that there is nothing to pin for
         self._check_choices()
+        self._check_numbers()
+        self._check_schedule()
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns is on, but the collator reads the columns it would remove; leave it out."
             )
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"max_length is {self.max_length}; expected 1 or more, or nothing.")
         if "tensorboard" in (self.report_to or ()) and not is_tensorboard_available():
             raise ValueError(
                 "report_to names tensorboard, which is not installed: pip install 'vlmoe[train]', or report_to=none."
             )
+        if self.push_to_hub and is_offline_mode():
+            raise ValueError(
+                "push_to_hub is on, but HF_HUB_OFFLINE keeps this process from the Hub; drop one of them."
+            )
 
     def _check_choices(self) -> None:
-        """Refuses unknown words, and numbers out of range, of the adapter's settings."""
+        """Refuses unknown words."""
         for name, known in (("lora_parts", LORA_PARTS), ("lora_targets", LORA_TARGETS)):
             given = getattr(self, name)
             if not given or (unknown := [word for word in given if word not in known]):
@@ -62,12 +77,28 @@ class FinetuneArguments(FinetuneSettings, TrainingArguments):
                     f"{name} is {given}; expected some of {', '.join(known)}."
                     + _nearest(unknown if given else [], known)
                 )
-        if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}; expected one of {', '.join(METHODS)}.")
-        if self.lora_r < 1:
-            raise ValueError(f"lora_r is {self.lora_r}; expected 1 or more.")
+        for name, known in (("method", METHODS), ("dtype", DTYPES)):
+            if (word := getattr(self, name)) not in known:
+                raise ValueError(f"{name} is {word!r}; expected one of {', '.join(known)}.{_nearest([word], known)}")
+
+    def _check_numbers(self) -> None:
+        """Refuses numbers out of range."""
+        for name in COUNTS:
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"{name} is {number}; expected 1 or more.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; expected 0 or more, below 1.")
+
+    def _check_schedule(self) -> None:
+        """Refuses what the learning rate's schedule does not take, by building it around nothing."""
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.lr_scheduler_kwargs)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"lr_scheduler_kwargs {self.lr_scheduler_kwargs} do not fit lr_scheduler_type "
+                f"{_plain(self.lr_scheduler_type)}: {error}"
+            ) from error
 
     @property
     def folder(self) -> Path:
@@ -85,6 +116,7 @@ class FinetuneArguments(FinetuneSettings, TrainingArguments):
         host = {
             item.name: _plain(getattr(self, item.name)) for item in fields(self) if item.name not in (*own, *_DERIVED)
         }
+        host["report_to"] = self.report_to or "none"  # a command line has no word for an empty list
         defaults = {item.name: _plain(_default(item)) for item in fields(self)}
         return own | {name: value for name, value in host.items() if value != defaults[name]}
 
@@ -102,6 +134,7 @@ _DERIVED = (
     "hub_token",
     "label_names",
     "local_rank",
+    "recipe",
 )
 
 
@@ -135,12 +168,6 @@ def _after_alias(message: str) -> str:
     return f":{message.partition(':')[2]}" if "/--" in message else ""
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes of the package by name."""
-    folder = Path(str(files("modeling_vlmoe.finetune.recipes")))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
 def read_recipe(recipe: str | Path) -> dict[str, Any]:
     """The settings of a recipe, given by path or by the name of a shipped one.
 
@@ -148,16 +175,9 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
         ValueError: if there is no such recipe, or it is not a mapping.
     """
     shipped = shipped_recipes()
-    path = shipped[str(recipe)] if str(recipe) in shipped else Path(recipe)
-    if not path.is_file():
-        raise ValueError(f"There is no recipe {recipe}: expected a YAML file, or one of {', '.join(shipped)}.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a mapping of settings to values.")
-    return values
+    return recipe_files.read_recipe(
+        shipped.get(str(recipe), recipe), f": expected a YAML file, or one of {', '.join(shipped)}"
+    )
 
 
 def read_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -221,4 +241,6 @@ def parse_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> FinetuneA
     Raises:
         ValueError: naming the key or the value that is wrong.
     """
-    return parse_settings(read_recipe(recipe) | read_overrides(overrides), f"Recipe {recipe}")
+    args = parse_settings(read_recipe(recipe) | read_overrides(overrides), f"Recipe {recipe}")
+    args.recipe = Path(shipped_recipes().get(str(recipe), recipe)).resolve()
+    return args

@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 
-from .arguments import SETTINGS_NAME, FinetuneArguments
+from modeling_vlmoe.conversion.receipt import RECEIPT_NAME
 
-RECEIPT_NAME = "upcycle_receipt.json"
+from .arguments import FinetuneArguments
+from .settings import SETTINGS_NAME
+
 MAX_SHARD_SIZE = "5GB"
 
 
@@ -106,6 +108,12 @@ def copy_receipt(base: str, folder: Path, revision: str | None = None) -> None:
         shutil.copyfile(found, folder / RECEIPT_NAME)
 
 
+def write_settings(folder: Path, args: FinetuneArguments) -> None:
+    """Writes the resolved recipe; the file also marks the folder as one that a run of ours has made."""
+    settings = yaml.safe_dump(args.settings(), sort_keys=False, allow_unicode=True)
+    (folder / SETTINGS_NAME).write_text(settings, encoding="utf-8")
+
+
 def save_finetuned(
     model: PreTrainedModel | PeftModel, processor: Any, folder: str | Path, args: FinetuneArguments
 ) -> Path:
@@ -119,8 +127,7 @@ def save_finetuned(
     processor.save_pretrained(folder)
     if args.model:
         copy_receipt(args.model, folder, args.model_revision)
-    settings = yaml.safe_dump(args.settings(), sort_keys=False, allow_unicode=True)
-    (folder / SETTINGS_NAME).write_text(settings, encoding="utf-8")
+    write_settings(folder, args)
     return folder
 
 

@@ -45,6 +45,27 @@ def _with_image(part: Mapping[str, Any], images: Iterable[Any], where: str) -> d
     return {"type": "image", "image": image}
 
 
+def check_text(row: Mapping[str, Any], image_token: str) -> None:
+    """Refuses a text that would be read as an image, and a row of empty answers.
+
+    Raises:
+        ValueError: naming the row.
+    """
+    is_answered = False
+    for message in row["messages"]:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
+            if part["type"] == "text" and image_token in part["text"]:
+                raise ValueError(
+                    f"{where_is(row)} has {image_token} in its text, which the model reads as an image; write it "
+                    'otherwise, or give an image by {"type": "image"}.'
+                )
+            is_answered |= message["role"] == "assistant" and (part["type"] != "text" or bool(part["text"].strip()))
+    if not is_answered:
+        raise ValueError(f"{where_is(row)} has no answer of the assistant that is not empty; give one.")
+
+
 @dataclass
 class ChatCollator:
     """Renders, tokenises and pads rows; labels are the assistant's tokens, its end of turn included.
@@ -71,6 +92,8 @@ class ChatCollator:
         Raises:
             ValueError: naming the row, for an unreadable image, a sample that is too long or one without a target.
         """
+        for row in rows:
+            check_text(row, self.processor.image_token)
         batch = self._encode([conversation(row) for row in rows], return_assistant_tokens_mask=True)
         said = batch.pop("assistant_masks").bool() & batch["attention_mask"].bool()
         said &= batch["input_ids"] != self.processor.image_token_id
@@ -82,8 +105,8 @@ class ChatCollator:
                 )
             if not targets:
                 raise ValueError(
-                    f"{where_is(row)} has no token of the assistant to learn: its answers are empty, or the "
-                    "processor's chat template has no generation marks."
+                    f"{where_is(row)} has no token of the assistant to learn: its answers hold reasoning alone, or "
+                    "the processor's chat template has no generation marks."
                 )
         batch["labels"] = batch["input_ids"].masked_fill(~said, IGNORED)
         return batch
@@ -100,19 +123,40 @@ class ChatCollator:
         return dict(encoded)
 
 
-def check_lengths(dataset: Iterable[Mapping[str, Any]], processor: Any, max_length: int) -> None:
-    """Counts every row's tokens without opening an image.
+def count_tokens(row: Mapping[str, Any], processor: Any) -> int:
+    """A row's tokens, image tokens counted, without opening an image."""
+    text = processor.apply_chat_template(row["messages"], tokenize=False)
+    has_bos = processor.tokenizer.bos_token is not None and text.startswith(processor.tokenizer.bos_token)
+    length = len(processor.tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
+    return length + len(row["images"] or []) * (processor.num_image_tokens - 1)
+
+
+def check_rows(
+    dataset: Iterable[Mapping[str, Any]],
+    processor: Any,
+    max_length: int | None = None,
+    needs_images: bool = False,
+) -> None:
+    """Goes once over all rows, before any is trained on, without opening an image.
+
+    Args:
+        dataset: the rows.
+        processor: the model's.
+        max_length: the longest sample allowed; None: rows are not even tokenised.
+        needs_images: whether text-only rows are refused: where only the connector is trained, a batch of them has
+            nothing to learn from.
 
     Raises:
-        ValueError: naming the first row that is longer than `max_length`.
+        ValueError: naming the first row that is wrong.
     """
-    for row in host_logging.tqdm(dataset, desc="Counting tokens", leave=False):
-        text = processor.apply_chat_template(row["messages"], tokenize=False)
+    for row in host_logging.tqdm(dataset, desc="Checking rows", leave=False):
         num_images = len(row["images"] or [])
-        has_bos = processor.tokenizer.bos_token is not None and text.startswith(processor.tokenizer.bos_token)
-        length = len(processor.tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
-        length += num_images * (processor.num_image_tokens - 1)
-        if length > max_length:
+        if needs_images and not num_images:
+            raise ValueError(
+                f"{where_is(row)} has no image, but method align trains the connector alone; leave text-only rows out."
+            )
+        check_text(row, processor.image_token)
+        if max_length is not None and (length := count_tokens(row, processor)) > max_length:
             raise ValueError(
                 f"{where_is(row)} is {length} tokens long ({num_images} images of {processor.num_image_tokens}), "
                 f"beyond max_length {max_length}. Images are never cut: shorten the text, leave the row out, or raise "

@@ -1,13 +1,13 @@
 """`vlmoe finetune RECIPE [KEY=VALUE]...`: what it shows and does. Nothing heavy is imported before it runs."""
 
 from dataclasses import MISSING, Field, fields
-from importlib.resources import files
 from textwrap import wrap
 from typing import Annotated, Any
 
 import typer
 
-from .settings import FinetuneSettings
+from .recipes import shipped_recipes
+from .settings import SETTINGS_NAME, FinetuneSettings
 
 WIDTH = 78
 
@@ -25,14 +25,10 @@ def settings_help() -> str:
     return f"\b\nSettings, beside every field of transformers' TrainingArguments (learning_rate, ...):\n{settings}"
 
 
-def recipe_names() -> str:
-    """The recipes that ship, as help shows them."""
-    folder = files("modeling_vlmoe.finetune.recipes")
-    return ", ".join(sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml")))
-
-
 def run_finetune(
-    recipe: Annotated[str, typer.Argument(help=f"A YAML file of settings, or a shipped recipe: {recipe_names()}.")],
+    recipe: Annotated[
+        str, typer.Argument(help=f"A YAML file of settings, or a shipped recipe: {', '.join(shipped_recipes())}.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that override the recipe's.")
     ] = None,
@@ -48,4 +44,4 @@ def run_finetune(
 
     register()
     folder = finetune(parse_recipe(recipe, overrides or ()))
-    typer.echo(f"{folder}: done; settings in finetune_settings.yaml")
+    typer.echo(f"{folder}: done; settings in {SETTINGS_NAME}")

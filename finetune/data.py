@@ -9,6 +9,7 @@ opened only when a batch is made; everything else about a row is checked at the 
 """
 
 import json
+import os
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -22,6 +23,7 @@ from modeling_vlmoe import __version__
 
 IMAGES = List(Image(decode=False))
 MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
+ROLES = ("system", "user", "assistant", "tool")
 # Where a row came from: the line of the file, or the place in the split, counted from 1.
 ROW = "row"
 
@@ -64,6 +66,14 @@ def read_messages(messages: Any, where: str) -> list[dict[str, Any]]:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f'{where}: a message is {message!r}; expected {{"role": ..., "content": ...}}.')
+        if message["role"] not in ROLES:
+            raise ValueError(f"{where}: a message's role is {message['role']!r}; expected one of {', '.join(ROLES)}.")
+        # Arrow gives all messages of a column the same keys, None where a message has no such.
+        if others := sorted(key for key in message if key not in ("role", "content") and message[key] is not None):
+            raise ValueError(
+                f"{where}: a message has the keys {', '.join(others)}, of which nothing would be learnt; expected "
+                "role and content. Write into the content what the model is to read or say."
+            )
         read.append({"role": message["role"], "content": text_parts(message, where)})
     if not any(message["role"] == "assistant" for message in read):
         raise ValueError(f"{where} has no message of the assistant, so nothing could be learnt from it.")
@@ -81,25 +91,34 @@ def check_image_count(messages: list[dict[str, Any]], num_images: int, where: st
 
 
 def _image_paths(row: dict[str, Any], folder: Path, where: str) -> list[str]:
-    """A row's images as full paths that exist."""
+    """A row's images as full paths."""
     images = row.get("images") if row.get("images") is not None else row.get("image")
     images = [] if images is None else images
     images = [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
         raise ValueError(f'{where}: "images" is {images!r}; expected a list of paths.')
-    paths = [folder / path for path in images]
-    if missing := [str(path) for path in paths if not path.is_file()]:
-        raise ValueError(f"{where}: there is no image {', '.join(missing)}. Paths are relative to the data file.")
-    return [str(path) for path in paths]
+    return [str(folder / path) for path in images]
+
+
+def check_images_exist(dataset: Dataset, path: Path) -> None:
+    """Refuses rows whose images are not there; outside the cached reading, which knows the JSONL file alone."""
+    for row in dataset.select_columns(["images", ROW]):
+        if missing := [image["path"] for image in row["images"] if not os.path.isfile(image["path"])]:
+            raise ValueError(
+                f"{path}, row {row[ROW]}: there is no image {', '.join(missing)}. Paths are relative to the data file."
+            )
 
 
 def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, encoding="utf-8-sig") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line)
+                text = line.decode("utf-8-sig")
+                if not text.strip():
+                    continue
+                row = json.loads(text)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, row {number} is not UTF-8 text: {error}.") from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, row {number} is not valid JSON: {error}.") from error
             if not isinstance(row, dict):
@@ -118,16 +137,16 @@ def generate_rows(path: str, extra: tuple[str, ...], stamp: tuple[Any, ...]) -> 
 
 
 def load_jsonl(path: str | Path) -> Dataset:
-    """A JSONL file of rows; further columns are those of its first row.
+    """A JSONL file of rows; a further column that a row lacks is None there.
 
     Raises:
         ValueError: naming the row that is wrong.
     """
     path = Path(path).resolve()
-    first = next(_json_rows(str(path)), None)
-    if first is None:
+    columns = dict.fromkeys(name for _, row in _json_rows(str(path)) for name in row)
+    if not columns:
         raise ValueError(f"{path} holds no rows.")
-    extra = tuple(name for name in first[1] if name not in ("messages", "images", "image", ROW))
+    extra = tuple(name for name in columns if name not in ("messages", "images", "image", ROW))
     features = Features(
         {"messages": MESSAGES, "images": IMAGES, ROW: Value("int64")} | {name: Json() for name in extra}
     )
@@ -135,11 +154,13 @@ def load_jsonl(path: str | Path) -> Dataset:
     # A tuple: datasets takes a list for shards, and runs the generator once for each of its members.
     arguments = {"path": str(path), "extra": extra, "stamp": (stat.st_mtime_ns, stat.st_size, __version__)}
     try:
-        return Dataset.from_generator(generate_rows, features=features, gen_kwargs=arguments)
+        dataset = Dataset.from_generator(generate_rows, features=features, gen_kwargs=arguments)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None
         raise
+    check_images_exist(dataset, path)
+    return dataset
 
 
 def load_split(source: str, split: str) -> Dataset:
@@ -150,8 +171,10 @@ def load_split(source: str, split: str) -> Dataset:
     """
     try:
         dataset = load_dataset(source, split=split)
-    except (FileNotFoundError, ConnectionError, DatasetGenerationError) as error:
-        raise ValueError(f"Cannot load the data {source}, split {split}: {error}") from error
+    except (FileNotFoundError, ConnectionError, DatasetGenerationError, ValueError) as error:
+        raise ValueError(
+            f"Cannot load the data {source}, split {split}: {error} Splits are named by train_split and eval_split."
+        ) from error
     if "messages" not in dataset.column_names:
         raise ValueError(f'The data {source} has columns {", ".join(dataset.column_names)}; expected "messages".')
     dataset = _undecoded(dataset)

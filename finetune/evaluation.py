@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers.utils import logging as host_logging
 
 from .collator import ChatCollator, where_is
-from .metrics import VQAExactMatch
+from .metrics import VQAExactMatch, normalize_answer
 
 Rows: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
 ALL = ""
@@ -119,9 +119,19 @@ def generate_answers(
 
 
 def _groups(dataset: Rows, column: str | None) -> list[str] | None:
-    if column is None or not len(dataset) or column not in dataset[0]:
-        return None
-    return [str(row[column]) for row in dataset]
+    """Each row's kind; None where no row has one.
+
+    Raises:
+        ValueError: if some rows have one and others do not.
+    """
+    groups = [None if column is None else row.get(column) for row in dataset]
+    without = [index for index, group in enumerate(groups) if group is None]
+    if without and len(without) < len(groups):
+        raise ValueError(
+            f"{where_is(dataset[without[0]])} has no {column!r}, as {len(without)} of {len(groups)}; give every row "
+            "one, or group_column=None."
+        )
+    return None if without or not groups else [str(group) for group in groups]
 
 
 def evaluate_vqa(
@@ -149,12 +159,10 @@ def evaluate_vqa(
     Returns:
         What `VQAExactMatch` computes, and the `predictions`.
     """
+    references, groups = [reference_answer(row) for row in dataset], _groups(dataset, group_column)
     images = shuffled_images(dataset, seed) if shuffle_images else None
     predictions = generate_answers(model, processor, dataset, batch_size, max_new_tokens, images)
-    references = [reference_answer(row) for row in dataset]
-    result = VQAExactMatch().compute(
-        predictions=predictions, references=references, groups=_groups(dataset, group_column)
-    )
+    result = VQAExactMatch().compute(predictions=predictions, references=references, groups=groups)
     return result | {"predictions": predictions}
 
 
@@ -162,11 +170,16 @@ def majority_baseline(train: Rows, test: Rows, group_column: str | None = "kind"
     """The accuracy of always giving each kind's most frequent answer in training (a new kind gets the overall one).
 
     Returns:
-        What `VQAExactMatch` computes, and the `predictions`.
+        What `VQAExactMatch` computes, and the `predictions`, normalised as it compares them.
+
+    Raises:
+        ValueError: if there is nothing to count.
     """
+    if not len(train):
+        raise ValueError("The rows to count answers in are empty; give those that were trained on.")
     counts: dict[str, Counter] = {ALL: Counter()}
     for row, group in zip(train, _groups(train, group_column) or [ALL] * len(train), strict=True):
-        answer = reference_answer(row)
+        answer = normalize_answer(reference_answer(row))
         counts[ALL][answer] += 1
         if group != ALL:
             counts.setdefault(group, Counter())[answer] += 1

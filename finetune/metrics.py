@@ -19,16 +19,22 @@ NUMBERS = {"none": "0"} | {
         ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     )
 }
+# A decimal point, and the minus in front of a number.
+MARKS_OF_NUMBERS = re.compile(r"\.(?=\d)|(?<!\w)-(?=\.?\d)")
 PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!.:]")
 Z_95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 
 def normalize_answer(answer: str) -> str:
-    """An answer as VQA compares it (1505.00468): lower case, no punctuation, no articles, number words as digits."""
+    """An answer as VQA compares it (1505.00468): lower case, no punctuation, no articles, number words as digits.
+
+    Unlike there a number keeps its minus, and an answer of articles or punctuation alone ("A", "+") is kept.
+    """
     text = re.sub(r"(?<=\d),(?=\d)", "", answer.lower())
-    text = re.sub(r"(?<=\d)\.(?=\d)", "\0", text)  # a decimal point stays
-    text = PUNCTUATION.sub(" ", text).replace("\0", ".")
-    return " ".join(NUMBERS.get(word, word) for word in text.split() if word not in ARTICLES)
+    kept = {match.start() for match in MARKS_OF_NUMBERS.finditer(text)}
+    words = PUNCTUATION.sub(lambda match: match[0] if match.start() in kept else " ", text).split()
+    words = [word for word in words if word not in ARTICLES] or words
+    return " ".join(NUMBERS.get(word, word) for word in words) or answer.lower().strip()
 
 
 def wilson_interval(num_correct: int, count: int) -> tuple[float, float]:

@@ -42,6 +42,17 @@ def find_routers(body: Any) -> dict[Layer, list[RouterLosses]]:
     return found
 
 
+@torch.no_grad()
+def find_image_tokens(body: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
+    """Where images stand, (batch, sequence), told by the image token or by its embedding, as the model does."""
+    token = body.config.image_token_id
+    if input_ids is not None:
+        return input_ids == token
+    if inputs_embeds is None or token is None:
+        return None
+    return (inputs_embeds == body.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))).all(-1)
+
+
 @dataclass(frozen=True)
 class LoadSummary:
     """One layer's load.
@@ -71,6 +82,7 @@ class RouterLoad:
     Only what happens inside the model's forward counts, so a layer that gradient checkpointing runs again in backward
     counts once. Image tokens are told from text tokens in the LLM; in ViT and connector all are image tokens. Each
     process counts its own. Images that `generate` encodes before forward are not seen.
+    Image features that a caller has put into `inputs_embeds` count as text unless `mm_token_type_ids` is given.
 
     Args:
         model: a vlmoe model, also wrapped by PEFT.
@@ -131,8 +143,8 @@ class RouterLoad:
         self._is_running = body.training or not self.training_only
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         is_image = kwargs.get("mm_token_type_ids")
-        if is_image is None and input_ids is not None:
-            is_image = input_ids == body.config.image_token_id
+        if is_image is None:
+            is_image = find_image_tokens(body, input_ids, kwargs.get("inputs_embeds"))
         mask = kwargs.get("attention_mask")
         self._image_mask = is_image
         self._token_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

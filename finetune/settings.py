@@ -1,11 +1,13 @@
 """What `vlmoe finetune` can be told beside `TrainingArguments`. No torch here: help reads these fields."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-METHODS = ("align", "lora")
-LORA_PARTS = ("text", "vision")
-LORA_TARGETS = ("attention", "experts", "mlp")
+SETTINGS_NAME = "finetune_settings.yaml"
+METHODS: tuple[str, ...] = ("align", "lora")
+LORA_PARTS: tuple[str, ...] = ("text", "vision")
+LORA_TARGETS: tuple[str, ...] = ("attention", "experts", "mlp")
+DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
 
 
 def option(default: Any, help: str) -> Any:
@@ -17,13 +19,11 @@ def option(default: Any, help: str) -> Any:
 class FinetuneSettings:
     """The fields of a recipe that are not `TrainingArguments`'."""
 
-    method: Literal["align", "lora"] = option(
-        "lora", "align: trains the connector, all else frozen; lora: LoRA in the towers."
-    )
+    method: str = option("lora", "align: trains the connector, all else frozen; lora: LoRA in the towers.")
     model: str = option("", "The vlmoe model to tune: a folder or a Hub id.")
     model_revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.")
     trust_remote_code: bool = option(False, "Whether code that the model's folder or repository carries may run.")
-    dtype: str = option("auto", "The model's dtype while training: auto (as saved), float32, bfloat16 or float16.")
+    dtype: str = option("auto", f"The model's dtype while training: {', '.join(DTYPES)} (auto: as saved).")
     experts_implementation: str | None = option(None, "The experts' kernel; not given: transformers' choice.")
 
     data: str = option(
@@ -59,4 +59,4 @@ class FinetuneSettings:
     router_aux_loss_coef: float | None = option(None, "Weight of the balance loss, all parts; not given: the model's.")
     router_z_loss_coef: float | None = option(None, "Weight of the router z-loss, all parts; not given: the model's.")
     log_router_load: bool = option(True, "Whether the experts' load per layer is logged.")
-    force: bool = option(False, "Whether an output folder that is not empty is emptied first.")
+    force: bool = option(False, "Whether an output folder that an earlier run has filled is emptied first.")

@@ -4,6 +4,7 @@
 PosixPath('tuned')
 """
 
+import errno
 import logging
 import shutil
 from collections.abc import Callable
@@ -25,13 +26,22 @@ from .checkpoints import (
     load_processor,
     merge_adapter,
     save_finetuned,
+    write_settings,
 )
-from .collator import ChatCollator, check_lengths
-from .data import ROW, load_chat_data
+from .collator import ChatCollator, check_rows
+from .data import load_chat_data
+from .loss_share import MicroBatchShare
+from .settings import SETTINGS_NAME
 
 logger = logging.getLogger(__name__)
 
 MERGED = "merged"
+
+
+def _is_inside(path: str | Path, folder: Path) -> bool:
+    """Whether emptying a folder would remove a path."""
+    path, folder = Path(path).resolve(), folder.resolve()
+    return folder in (path, *path.parents)
 
 
 def check_output_folder(args: FinetuneArguments) -> None:
@@ -40,18 +50,70 @@ def check_output_folder(args: FinetuneArguments) -> None:
     Raises:
         ValueError: saying which.
     """
-    folder = args.folder
+    folder, checkpoint = args.folder, resume_point(args)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file.")
     for name in ("model", "data", "eval_data"):
-        given = Path(getattr(args, name) or "").resolve()
-        if getattr(args, name) and folder.resolve() in (given, *given.parents):
+        given = getattr(args, name)
+        if given and Path(given).exists() and _is_inside(given, folder):
             raise ValueError(f"output_dir {folder} is or holds the {name} {given}; name another folder.")
-    if resume_point(args) is None and folder.is_dir() and any(folder.iterdir()) and not args.force:
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if args.force:
+        check_may_be_emptied(args, checkpoint)
+    elif checkpoint is None or not _is_inside(checkpoint, folder):
         raise ValueError(
-            f"output_dir {folder} is not empty. Name another folder, give resume_from_checkpoint=true to continue a "
-            "run, or force=true to empty it."
+            f"output_dir {folder} is not empty. Name another folder, give resume_from_checkpoint=true to continue its "
+            "own run, or force=true to empty what a run has left."
         )
+
+
+def check_may_be_emptied(args: FinetuneArguments, checkpoint: str | None) -> None:
+    """Refuses to empty a folder that is not a run's, or that holds what this run starts from."""
+    folder = args.folder
+    if not (folder / SETTINGS_NAME).is_file():
+        raise ValueError(
+            f"force=true empties only what a run has left, but output_dir {folder} has no {SETTINGS_NAME}. Name "
+            "another folder, or empty it yourself."
+        )
+    for name, path in (("recipe", args.recipe), ("checkpoint to continue from", checkpoint)):
+        if path is not None and _is_inside(path, folder):
+            raise ValueError(
+                f"force=true would delete the {name} {path}; name another output_dir, or leave force out."
+            )
+
+
+def check_images_stay(args: FinetuneArguments, rows: Dataset) -> None:
+    """Refuses to empty a folder that holds the data's images."""
+    for row in rows.select_columns(["images"]):
+        for image in row["images"]:
+            if image["bytes"] is None and _is_inside(image["path"], args.folder):
+                raise ValueError(
+                    f"force=true would delete {image['path']}, an image of the data; name another output_dir."
+                )
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the result's folder, before the weights are read.
+
+    Raises:
+        ValueError: if it cannot be, unless for want of space.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise ValueError(f"output_dir {folder} cannot be made: {error.strerror}. Name another folder.") from error
+
+
+def empty_folder(folder: Path) -> None:
+    """Removes all that is in a folder."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def resume_point(args: FinetuneArguments) -> str | None:
@@ -93,17 +155,24 @@ def load_datasets(args: FinetuneArguments) -> tuple[Dataset, Dataset | None]:
     return train, None
 
 
-def check_all_have_images(rows: Dataset) -> None:
-    """Refuses text-only rows where only the connector is trained: a batch of them has nothing to learn from.
+def add_callbacks(trainer: Trainer, args: FinetuneArguments) -> None:
+    """Our callbacks, one line each."""
+    trainer.add_callback(MicroBatchShare())
+    if args.log_router_load:
+        log_router_load(trainer)
+
+
+def check_datasets(args: FinetuneArguments, processor: Any, train: Dataset, test: Dataset | None) -> None:
+    """Goes over all rows for what cannot be learnt, and for images that emptying the output folder would delete.
 
     Raises:
-        ValueError: naming the first one.
+        ValueError: naming the first row or image.
     """
-    if without := [row for row, images in zip(rows[ROW], rows["images"], strict=True) if not images]:
-        raise ValueError(
-            f"method align trains the connector alone, but {len(without)} rows have no image (the first is row "
-            f"{without[0]}); leave them out."
-        )
+    for rows in (train, test):
+        if rows is not None:
+            check_rows(rows, processor, args.max_length, needs_images=rows is train and args.method == "align")
+            if args.force and args.folder.is_dir():
+                check_images_stay(args, rows)
 
 
 def build_trainer(
@@ -135,8 +204,7 @@ def build_trainer(
         processing_class=processor,
         compute_metrics=compute_metrics,
     )
-    if args.log_router_load:
-        log_router_load(trainer)
+    add_callbacks(trainer, args)
     return trainer
 
 
@@ -171,17 +239,16 @@ def finetune(args: FinetuneArguments) -> Path:
     check_lora_if_asked(config, args)
     processor = load_processor(args.model, config, **args.hub)
     train, test = load_datasets(args)
-    if args.method == "align":
-        check_all_have_images(train)
-    for rows in (train, test):
-        if rows is not None and args.max_length is not None:
-            check_lengths(rows, processor, args.max_length)
+    check_datasets(args, processor, train, test)
+    folder, checkpoint = args.folder, resume_point(args)
+    make_folder(folder)
 
     set_seed(args.seed)
     model = load_base(args.model, args.dtype, args.experts_implementation, **args.hub)
-    folder, checkpoint = args.folder, resume_point(args)
-    if args.force and checkpoint is None and args.process_index == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+    if args.process_index == 0:
+        if args.force:
+            empty_folder(folder)
+        write_settings(folder, args)
     trainer = build_trainer(model, processor, train, args, test)
     logger.info("Training %d of %d parameters.", *count_parameters(trainer.model))
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -364,7 +364,8 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
                 `vision_moe` and `connector_moe`.
             image_token_id: the placeholder's id; it may be set later, once the processor is known.
             experts_implementation: the kernel.
-            **kwargs: given to both parents' `from_pretrained` (dtype, device_map, ...); without a dtype the ViT gets the LLM's.
+            **kwargs: given to both parents' `from_pretrained` (dtype, device_map, ...); without a dtype the ViT gets
+            the LLM's.
 
         Raises:
             ValueError: if a part cannot carry the experts asked for.

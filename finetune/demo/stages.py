@@ -23,6 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 
 from modeling_vlmoe import VLMoEForConditionalGeneration
 from modeling_vlmoe.conversion import UpcycleArguments, upcycle
+from modeling_vlmoe.conversion.receipt import RECEIPT_NAME
 from modeling_vlmoe.mlp_layouts import find_layout
 
 from ..arguments import parse_settings, read_recipe
@@ -81,7 +82,7 @@ def make_upcycled(root: Path, settings: DemoSettings) -> dict[str, Any]:
             seed=settings.seed,
         )
     )
-    receipt = json.loads((folder / "upcycle_receipt.json").read_text(encoding="utf-8"))
+    receipt = json.loads((folder / RECEIPT_NAME).read_text(encoding="utf-8"))
     make_dense_start(root, folder)
     return {"proof": receipt["proof"], "parameters": receipt["parameters"]}
 

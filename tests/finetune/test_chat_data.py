@@ -43,8 +43,9 @@ def test_jsonl_rows_keep_text_images_and_their_line(write):
     assert rows[1]["messages"][0]["content"] == [{"type": "text", "text": "two and two?"}]
 
 
-def test_further_columns_are_those_of_the_first_row(write):
-    rows = load_chat_data(write(GOOD | {"kind": "colour", "meta": {"a": 1}}, GOOD | {"kind": 7}))
+def test_further_columns_are_those_of_all_rows(write):
+    rows = load_chat_data(write(GOOD | {"kind": "colour", "meta": {"a": 1}}, GOOD | {"kind": 7}, GOOD | {"late": 2}))
+    assert [row["late"] for row in rows] == [None, None, 2]
     assert rows[0]["kind"] == "colour"
     assert rows[0]["meta"] == {"a": 1}
     assert rows[1]["kind"] == 7
@@ -55,6 +56,19 @@ def test_a_changed_file_is_read_again(write):
     path = write(GOOD, GOOD)
     os.utime(path, ns=(1, 1))
     assert len(load_chat_data(path)) == 2
+
+
+def test_an_image_deleted_after_the_first_reading_is_missed(write, tmp_path):
+    path = write(GOOD)
+    load_chat_data(path)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 1: there is no image .*a.png"):
+        load_chat_data(path)
+
+
+def test_keys_that_arrow_adds_are_no_error(write):
+    row = {"messages": [PLAIN | {"name": None}, SAY]}
+    assert load_chat_data(write(row))[0]["messages"][0]["role"] == "user"
 
 
 def test_folder_of_jsonl_splits(pictures):
@@ -112,6 +126,11 @@ def test_parquet_with_embedded_images(tmp_path, pictures):
         ({"messages": [PLAIN]}, "row 2 has no message of the assistant"),
         ({"messages": [LOOK, SAY]}, "row 2 has 0 images, but 1 image parts"),
         ({"messages": [PLAIN, SAY], "images": ["a.png"]}, "row 2 has 1 images, but 0 image parts"),
+        (
+            {"messages": [PLAIN | {"role": "bot"}, SAY]},
+            "row 2: a message's role is 'bot'; expected one of system, user",
+        ),
+        ({"messages": [PLAIN, SAY | {"reasoning_content": "hm"}]}, "row 2: a message has the keys reasoning_content"),
         ({"messages": [LOOK, SAY], "images": ["b.png"]}, "row 2: there is no image .*b.png. Paths are relative"),
         ({"messages": [LOOK, SAY], "images": [3]}, 'row 2: "images" is .3.; expected a list of paths'),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}, SAY]}, "row 2: a part of a message is"),
@@ -136,3 +155,16 @@ def test_raises_when_there_is_nothing_to_read(write, tmp_path):
         load_chat_data(write(GOOD, name="rows.txt"))
     with pytest.raises(ValueError, match="Cannot load the data"):
         load_chat_data(tmp_path / "nowhere")
+
+
+def test_raises_when_the_file_is_no_utf8(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD), encoding="utf-16")
+    with pytest.raises(ValueError, match=r"rows.jsonl, row 1 is not UTF-8 text"):
+        load_chat_data(path)
+
+
+def test_raises_when_there_is_no_such_split(tmp_path):
+    Dataset.from_list([{"messages": [PLAIN, SAY]}]).to_parquet(tmp_path / "train-00000.parquet")
+    with pytest.raises(ValueError, match=rf"Cannot load the data {tmp_path}, split dev: .*train_split and eval_split"):
+        load_chat_data(tmp_path, "dev")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_vlmoe.finetune import ChatCollator, load_chat_data
-from modeling_vlmoe.finetune.collator import check_lengths
+from modeling_vlmoe.finetune.collator import check_rows
 
 
 @pytest.fixture
@@ -63,9 +63,9 @@ def test_prompts_end_where_the_answer_begins(processor, rows):
 def test_lengths_without_opening_images_are_the_real_ones(processor, rows):
     lengths = ChatCollator(processor)(rows)["attention_mask"].sum(-1).tolist()
     for row, length in zip(rows, lengths, strict=True):
-        check_lengths([row], processor, length)
+        check_rows([row], processor, length)
         with pytest.raises(ValueError, match=rf"Row {row['row']} of the data is {length} tokens long"):
-            check_lengths([row], processor, length - 1)
+            check_rows([row], processor, length - 1)
 
 
 def test_raises_when_a_sample_is_too_long(processor, rows):
@@ -92,10 +92,33 @@ def test_raises_when_images_are_unlike_their_places(processor, rows, count, mess
         ChatCollator(processor)([rows[0] | {"images": rows[0]["images"] * count}])
 
 
+def told(question, *answers):
+    said = [{"role": "assistant", "content": answer} for answer in answers]
+    return {"messages": [{"role": "user", "content": question}, *said], "images": [], "row": 9}
+
+
+@pytest.mark.parametrize("check", [check_rows, lambda rows, processor: ChatCollator(processor)(rows)])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (told("a", ""), "Row 9 of the data has no answer of the assistant that is not empty"),
+        (told("a", [{"type": "text", "text": " \n"}], ""), "Row 9 of the data has no answer"),
+        (told("what is <image>?", "b"), "Row 9 of the data has <image> in its text"),
+        (told("a", "", "an <image>"), "Row 9 of the data has <image> in its text"),
+    ],
+)
+def test_raises_when_texts_cannot_be_learnt(processor, row, message, check):
+    with pytest.raises(ValueError, match=message):
+        check([told("a", "b") | {"row": 1}, row], processor)
+
+
 def test_raises_when_there_is_nothing_to_learn(processor):
-    empty = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}], "row": 9}
     with pytest.raises(ValueError, match="Row 9 of the data has no token of the assistant"):
-        ChatCollator(processor)([empty])
+        ChatCollator(processor)([told("a", "<think>b</think>")])
+
+
+def test_one_empty_answer_among_others_is_no_error(processor):
+    check_rows([told("a", "", "b")], processor)
 
 
 def test_an_image_in_the_answer_is_not_learnt(processor, rows):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from modeling_vlmoe import cli
+
 VLMOE = Path(sys.executable).parent / "vlmoe"
 
 
@@ -46,3 +48,34 @@ def test_help_names_every_setting(vlmoe):
     code, said, _ = vlmoe("--help")
     assert code == 0
     assert all(name in said for name in ("align", "lora", "lora_targets", "max_length", "KEY=VALUE"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "x"), 2, "vlmoe: [Errno 2] No such file or directory: 'x'"),
+        (PermissionError(13, "Permission denied", "x"), 2, "vlmoe: [Errno 13] Permission denied: 'x'"),
+        (OSError("the Hub says no"), 2, "vlmoe: the Hub says no"),
+        (OSError(28, "No space left on device"), 1, "vlmoe: No space left on device"),
+    ],
+)
+def test_errors_of_the_system_are_one_message(monkeypatch, capsys, error, code, said):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == code
+    assert capsys.readouterr().err.strip() == said
+
+
+def test_errors_that_are_ours_keep_their_traceback(monkeypatch):
+    def fail():
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    with pytest.raises(OSError, match="Input/output error"):
+        cli.main()

@@ -68,20 +68,40 @@ def test_evaluate_vqa_scores_per_kind_and_restores_the_mode(model, processor, pi
 def test_shuffled_images_reach_the_model(model, processor, pictures):
     rows = load_chat_data(pictures, "test")
     shuffled = evaluate_vqa(model, processor, rows, max_new_tokens=5, shuffle_images=True, seed=3)
+    assert shuffled["predictions"] != generate_answers(model, processor, rows, max_new_tokens=5)
     swapped = [row | {"images": images} for row, images in zip(rows, shuffled_images(rows, 3), strict=True)]
     assert shuffled["predictions"] == generate_answers(model, processor, swapped, max_new_tokens=5)
 
 
-def test_majority_answer_is_each_kinds_most_frequent():
-    def row(answer, kind):
-        return {"messages": [{"role": "assistant", "content": answer}], "kind": kind}
+def row(answer, kind):
+    return {"messages": [{"role": "assistant", "content": answer}], "kind": kind}
 
+
+def test_majority_answer_is_each_kinds_most_frequent():
     train = [row("red", "colour"), row("red", "colour"), row("blue", "colour"), row("yes", "yes/no")]
     test = [row("red", "colour"), row("blue", "colour"), row("yes", "yes/no"), row("red", "new")]
     result = majority_baseline(train, test)
     assert result["predictions"] == ["red", "red", "yes", "red"]
     assert result["accuracy"] == pytest.approx(3 / 4)
     assert result["groups"]["colour"]["accuracy"] == pytest.approx(1 / 2)
+
+
+def test_majority_counts_answers_as_the_metric_compares_them():
+    train = [row(answer, "colour") for answer in ("Red", "red.", "a red", "blue", "blue")]
+    assert majority_baseline(train, [row("RED", "colour")])["accuracy"] == 1.0
+
+
+def test_raises_when_there_is_nothing_to_count():
+    with pytest.raises(ValueError, match="are empty; give those that were trained on"):
+        majority_baseline([], [row("red", "colour")])
+
+
+@pytest.mark.parametrize("lacking", [{}, {"kind": None}])
+@pytest.mark.parametrize("order", [1, -1])
+def test_raises_before_answering_when_some_rows_lack_a_kind(processor, lacking, order):
+    rows = [row("red", "colour"), {"messages": row("red", "")["messages"], "row": 7} | lacking][::order]
+    with pytest.raises(ValueError, match=r"Row 7 of the data has no 'kind', as 1 of 2"):
+        evaluate_vqa(None, processor, rows)
 
 
 def test_raises_when_a_row_has_no_answer(model, processor):

@@ -20,10 +20,19 @@ from modeling_vlmoe.finetune.metrics import VQAExactMatch, normalize_answer, wil
         ("it's", "it's"),
         ("an apple?", "apple"),
         ("", ""),
+        ("A", "a"),
+        ("A.", "a"),
+        ("the", "the"),
+        ("+", "+"),
+        ("-5", "-5"),
+        ("It is -2.5.", "it is -2.5"),
+        (".5", ".5"),
+        ("3-5", "3 5"),
     ],
 )
 def test_answers_are_normalised_as_in_vqa(given, normal):
     assert normalize_answer(given) == normal
+    assert normalize_answer(normal) == normal
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,10 @@ import pytest
 import yaml
 
 from modeling_vlmoe.finetune import FinetuneArguments, parse_recipe
-from modeling_vlmoe.finetune.arguments import parse_settings, shipped_recipes
+from modeling_vlmoe.finetune.arguments import parse_settings
+from modeling_vlmoe.finetune.checkpoints import write_settings
+from modeling_vlmoe.finetune.recipes import shipped_recipes
+from modeling_vlmoe.finetune.settings import SETTINGS_NAME
 
 NEEDED = ["model=m", "data=d.jsonl", "output_dir=o"]
 
@@ -34,7 +37,8 @@ def test_a_path_and_flags_give_the_same_as_yaml(tmp_path):
         "lora_targets": ["experts"],
         "merge": True,
     }
-    values |= {"learning_rate": "1e-4", "eval_steps": 5, "lr_scheduler_kwargs": {"num_cycles": 2}}
+    values |= {"learning_rate": "1e-4", "eval_steps": 5, "lr_scheduler_type": "cosine"}
+    values |= {"lr_scheduler_kwargs": {"num_cycles": 2}}
     whole = tmp_path / "whole.yaml"
     whole.write_text(yaml.safe_dump(values))
     short = tmp_path / "short.yaml"
@@ -47,6 +51,7 @@ def test_a_path_and_flags_give_the_same_as_yaml(tmp_path):
         "merge=true",
         "learning_rate=1e-4",
         "eval-steps=5",
+        "lr_scheduler_type=cosine",
     ]
     from_flags = parse_recipe(short, [*flags, "lr_scheduler_kwargs={num_cycles: 2}"])
     assert parse_recipe(whole).settings() == from_flags.settings()
@@ -54,13 +59,20 @@ def test_a_path_and_flags_give_the_same_as_yaml(tmp_path):
     assert from_flags.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
-def test_resolved_settings_are_a_recipe_of_the_same_run(tmp_path):
-    args = parse_recipe(
-        "lora", [*NEEDED, "lora_parts=text,vision", "lora_dropout=0", "eval_strategy=no", "warmup_steps=3"]
-    )
-    path = tmp_path / "settings.yaml"
-    path.write_text(yaml.safe_dump(args.settings()))
-    assert parse_recipe(path).settings() == args.settings()
+@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("reporter", ["none", "tensorboard"])
+def test_resolved_settings_are_a_recipe_of_the_same_run(tmp_path, name, reporter):
+    given = ["lora_parts=text,vision", "lora_dropout=0", "eval_strategy=no", "warmup_steps=3", f"report_to={reporter}"]
+    args = parse_recipe(name, [*NEEDED, *given, "lr_scheduler_kwargs={num_cycles: 2}"])
+    write_settings(tmp_path, args)
+    again = parse_recipe(tmp_path / SETTINGS_NAME)
+    assert again.settings() == args.settings()
+    assert again.report_to == args.report_to
+
+
+@pytest.mark.parametrize("kind", ["linear", "constant_with_warmup", "inverse_sqrt", "cosine_with_restarts"])
+def test_schedules_that_need_no_settings_are_taken(kind):
+    assert parse_recipe("lora", [*NEEDED, f"lr_scheduler_type={kind}"]).lr_scheduler_type == kind
 
 
 def test_every_field_has_help():
@@ -77,8 +89,14 @@ def test_every_field_has_help():
         ("lora_dropout=1.5", "expected 0 or more, below 1"),
         ("lora_targets=attn", "expected some of attention, experts, mlp. Did you mean 'attention'"),
         ("lora_parts=connector", "expected some of text, vision"),
-        ("method=full", "method: invalid choice: 'full'"),
+        ("method=full", "method is 'full'; expected one of align, lora"),
+        ("dtype=float8", "dtype is 'float8'; expected one of auto, float32, bfloat16, float16. Did you mean"),
         ("max_length=0", "max_length is 0"),
+        ("gradient_accumulation_steps=0", "gradient_accumulation_steps is 0; expected 1 or more"),
+        ("per_device_train_batch_size=0", "per_device_train_batch_size is 0; expected 1 or more"),
+        ("lr_scheduler_kwargs={a: 1}", "lr_scheduler_kwargs {'a': 1} do not fit lr_scheduler_type cosine: .*'a'"),
+        ("lr_scheduler_type=warmup_stable_decay", "lr_scheduler_kwargs None do not fit .*num_decay_steps"),
+        ("push_to_hub=true", "push_to_hub is on, but HF_HUB_OFFLINE keeps"),
         ("remove_unused_columns=true", "the collator reads the columns"),
         ("merge", "not of the form key=value"),
         ("model=null", "does not say model"),

@@ -47,6 +47,17 @@ def test_counts_are_those_of_the_logits(tiny_model, padding_side):
     assert not load.losses
 
 
+def test_image_tokens_are_told_in_embeddings(tiny_model):
+    batch = models.batch(IMAGES)
+    with RouterLoad(tiny_model) as told, torch.no_grad():
+        tiny_model(**batch)
+    embeds = tiny_model.get_input_embeddings()(batch.pop("input_ids"))
+    with RouterLoad(tiny_model) as load, torch.no_grad():
+        tiny_model(**batch, inputs_embeds=embeds)
+    assert load.counts[("text", 0)][1].sum() > 0
+    assert torch.equal(load.counts[("text", 0)], told.counts[("text", 0)])
+
+
 def train_pass(model, batch):
     model.train()
     with RouterLoad(model, training_only=True) as load:

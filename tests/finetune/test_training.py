@@ -1,14 +1,16 @@
 """Runs of a few steps: what they train, log, evaluate and refuse."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
 from modeling_vlmoe.finetune import build_trainer, finetune, load_chat_data, load_finetuned, parse_recipe
-from modeling_vlmoe.finetune.arguments import shipped_recipes
 from modeling_vlmoe.finetune.callbacks import SHOWN
+from modeling_vlmoe.finetune.recipes import shipped_recipes
+from modeling_vlmoe.finetune.settings import SETTINGS_NAME
 from tests.finetune.questions import question, write_rows
 
 
@@ -138,7 +140,7 @@ def test_evaluation_does_not_count_as_load(arguments, model, processor, pictures
 
 
 def test_raises_when_align_has_text_only_rows(arguments, pictures):
-    with pytest.raises(ValueError, match=r"1 rows have no image \(the first is row 8\)"):
+    with pytest.raises(ValueError, match="Row 8 of the data has no image, but method align"):
         finetune(arguments(method="align", data=str(pictures)))
 
 
@@ -147,18 +149,60 @@ def test_raises_when_the_output_folder_is_taken(arguments, tmp_path, base, pictu
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty"):
         finetune(arguments())
+    with pytest.raises(ValueError, match=r"has no finetune_settings.yaml. Name another folder, or empty it yourself"):
+        finetune(arguments(force=True))
     assert (tmp_path / "out" / "notes.txt").exists()
-    finetune(arguments(force=True, save_strategy="no"))
-    assert not (tmp_path / "out" / "notes.txt").exists()
     with pytest.raises(ValueError, match="is or holds the model"):
         finetune(arguments(output_dir=str(base), force=True))
     with pytest.raises(ValueError, match="is or holds the data"):
         finetune(arguments(output_dir=str(pictures), force=True))
 
 
-def test_force_keeps_the_folder_when_the_run_cannot_start(arguments, tmp_path):
-    (tmp_path / "out").mkdir()
+@pytest.fixture
+def earlier(tmp_path):
+    """A folder as a run has left it."""
+    (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
     (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / SETTINGS_NAME).write_text("method: lora\n")
+    return tmp_path / "out"
+
+
+def test_force_empties_what_an_earlier_run_has_left(arguments, earlier):
+    finetune(arguments(force=True, save_strategy="no"))
+    assert not (earlier / "notes.txt").exists()
+    assert not (earlier / "checkpoint-2").exists()
+    assert (earlier / "adapter_model.safetensors").exists()
+
+
+def test_force_never_deletes_the_datas_images(arguments, earlier, pictures, tmp_path):
+    shutil.copytree(pictures / "images", earlier / "images")
+    data = write_rows(tmp_path / "rows.jsonl", [question(["out/images/red.png"], "red")])
+    with pytest.raises(ValueError, match=r"would delete .*red.png, an image of the data"):
+        finetune(arguments(data=str(data), force=True))
+    assert (earlier / "images" / "red.png").exists()
+
+
+def test_force_never_deletes_the_recipe(arguments, earlier, base, pictures):
+    recipe = earlier / "mine.yaml"
+    recipe.write_text(f"model: {base}\ndata: {pictures / 'test.jsonl'}\nreport_to: none\nuse_cpu: true\n")
+    with pytest.raises(ValueError, match=r"would delete the recipe .*mine.yaml"):
+        finetune(parse_recipe(recipe, [f"output_dir={earlier}", "force=true"]))
+    assert recipe.exists()
+
+
+def test_force_never_deletes_the_checkpoint_to_continue_from(arguments, earlier):
+    with pytest.raises(ValueError, match=r"would delete the checkpoint to continue from .*checkpoint-2"):
+        finetune(arguments(force=True, resume_from_checkpoint="true"))
+    assert (earlier / "checkpoint-2").exists()
+
+
+def test_a_checkpoint_elsewhere_does_not_open_a_folder_that_is_taken(arguments, earlier, tmp_path):
+    (tmp_path / "elsewhere" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is not empty"):
+        finetune(arguments(resume_from_checkpoint=str(tmp_path / "elsewhere" / "checkpoint-2")))
+
+
+def test_force_keeps_the_folder_when_the_run_cannot_start(arguments, earlier, tmp_path):
     with pytest.raises(ValueError, match="max_length"):
         finetune(arguments(force=True, max_length=3))
     assert (tmp_path / "out" / "notes.txt").exists()
@@ -175,6 +219,7 @@ def test_force_keeps_the_folder_when_the_run_cannot_start(arguments, tmp_path):
         ({"resume_from_checkpoint": "true"}, "holds no checkpoint"),
         ({"resume_from_checkpoint": "/nowhere"}, "there is no such folder"),
         ({"max_length": 5}, "Row 1 of the data is .* beyond max_length 5"),
+        ({"output_dir": "/proc/x"}, "output_dir /proc/x cannot be made"),
     ],
 )
 def test_raises_before_training_when(arguments, given, message, tmp_path):
@@ -195,6 +240,13 @@ def test_raises_when_the_processor_is_another_models(model, processor, arguments
     model.config.image_token_id = 7
     with pytest.raises(ValueError, match=r"The processor's image token is \d+, but the model's image_token_id is 7"):
         build_trainer(model, processor, [], arguments())
+
+
+def test_raises_before_the_weights_are_read_when_a_row_cannot_be_learnt(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling_vlmoe.finetune.train.load_base", None)
+    data = write_rows(tmp_path / "rows.jsonl", [question([], "red"), question([], "red", "which <image>?")])
+    with pytest.raises(ValueError, match="Row 2 of the data has <image> in its text"):
+        finetune(arguments(data=str(data)))
 
 
 def test_an_unreadable_image_stops_the_run_with_its_row(arguments, tmp_path):
