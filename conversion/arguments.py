@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 
 def option(help: str, default: Any = None) -> Any:
     """A field with the help text that the command shows."""
     return field(default=default, metadata={"help": help})
+
+
+MOST_LAYERS = 10_000  # a layer beyond it is a slip of the keyboard, and a range up to it would fill the memory
 
 
 @dataclass
@@ -30,9 +32,11 @@ class UpcycleArguments:
         "Sparse layers of the ViT; not given: the upper half of those the connector reads."
     )
     connector_experts: int | None = option("Experts of the connector; not given: it stays dense.")
+    dense: bool = option("No part gets experts: a dense model, to be tuned and upcycled by --vlm-model.", False)
     connector_top_k: int | None = option("Experts each image token is sent to in the connector; not given: 2.")
-    vision_feature_layer: int | None = option(
-        "Hidden state of the ViT that the connector reads; not given: -2, the last layer's input."
+    vision_feature_layer: int | list[int] | None = option(  # noqa: RUF009 (it is a field)
+        "Hidden state of the ViT that the connector reads (a recipe may list several); not given: -2, the last "
+        "layer's input."
     )
     vision_feature_select_strategy: str | None = option(
         "`default` leaves the class token out, `full` keeps it; not given: `default` where there is a class token."
@@ -72,6 +76,8 @@ def check_type(name: str, value: Any, default: Any, annotation: Any, origin: str
     """Refuses a value that is not of the field's type; None stands for "not given"."""
     if name.endswith("_layers") and isinstance(value, list | int):
         return
+    if "list[int]" in annotation and isinstance(value, list) and all(type(item) is int for item in value):
+        return
     wanted = next(kind for kind in (bool, int, str) if kind.__name__ in annotation)
     is_optional = default is None or default is MISSING
     if (value is None and is_optional) or type(value) is wanted:
@@ -92,27 +98,11 @@ def parse_layers(given: str | int | Iterable[int] | None, name: str) -> list[int
     layers: list[int] = []
     for part in given.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"{name} is {given!r}; expected layers counted from 0, like 0,1,4 or 4-11.")
-        layers += range(int(first), int(last or first) + 1)
+        ends = (first, last if dash else first)
+        is_read = all(end.isdecimal() and len(end) < len(str(MOST_LAYERS)) for end in ends)
+        if not is_read or int(ends[0]) > int(ends[1]):
+            raise ValueError(
+                f"{name} is {given!r}; expected layers counted from 0, like 0,1,4 or 4-11, below {MOST_LAYERS}."
+            )
+        layers += range(int(ends[0]), int(ends[1]) + 1)
     return layers
-
-
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The settings of a YAML recipe.
-
-    Raises:
-        ValueError: when there is no such file, or it is not a mapping.
-    """
-    import yaml
-
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no recipe {path}.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a mapping of settings to values.")
-    return values

@@ -5,20 +5,22 @@ inside a whole CLIP or SigLIP. Anything else is an error: nothing is skipped qui
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import CONFIG_NAME
 
 from modeling_vlmoe import VLMoEForConditionalGeneration
 
 from .meta_models import build_on_meta, target_shapes, tied_names
-from .parents import Parent
+from .parents import BROKEN, Parent
 
 # What the host leaves out too, in any family: buffers that it computes (transformers 5.23,
 # `_adjust_missing_and_unexpected_keys`).
@@ -55,11 +57,24 @@ class DenseTensors:
         return self.parent.reader.tensor(self.stored[name])
 
 
+def build_parent(parent: Parent, build: Callable[..., PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of a parent's configuration, on the meta device.
+
+    Raises:
+        ValueError: when there can be no such model.
+    """
+    try:
+        return build_on_meta(lambda: build(config, dtype=torch.float32))
+    except BROKEN as error:
+        raise ValueError(
+            f"{parent.folder / CONFIG_NAME} describes no model that can be built: {type(error).__name__}: {error}"
+        ) from error
+
+
 def dense_model(parent: Parent) -> PreTrainedModel:
     """The parent's own model class, on the meta device."""
     auto: Any = {"text": AutoModelForCausalLM, "vision": AutoModel, "vlm": VLMoEForConditionalGeneration}[parent.role]
-    build = auto._from_config if parent.role == "vlm" else auto.from_config
-    return build_on_meta(lambda: build(parent.tower_config, dtype=torch.float32))
+    return build_parent(parent, auto._from_config if parent.role == "vlm" else auto.from_config, parent.tower_config)
 
 
 def saved_model(parent: Parent) -> PreTrainedModel:
@@ -68,8 +83,8 @@ def saved_model(parent: Parent) -> PreTrainedModel:
         if isinstance(model_class := getattr(transformers, name, None), type) and issubclass(
             model_class, PreTrainedModel
         ):
-            return build_on_meta(lambda: model_class._from_config(parent.config, dtype=torch.float32))
-    return build_on_meta(lambda: AutoModel.from_config(parent.config, dtype=torch.float32))
+            return build_parent(parent, model_class._from_config, parent.config)
+    return build_parent(parent, AutoModel.from_config, parent.config)
 
 
 class KeyRenamer:

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from modeling_vlmoe.mlp_layouts import MLPLayout, find_layout, is_biased
 from modeling_vlmoe.towers import find_dense_mlp
 
-from .connector_init import DrawnConnector
 from .expert_init import EXPERT_INITS, ExpertInit, ExpertSlot
 from .meta_models import target_shapes
 from .router_init import ROUTER_INITS, RouterInit
@@ -104,7 +103,7 @@ class Drawing:
 
 
 def copy_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
-    """The dense tensor as it is."""
+    """The dense tensor as it is: stored by a parent, or drawn by its source."""
     yield from cast_blocks(assignment.dense[0].read(), assignment.spec.dtype)
 
 
@@ -139,7 +138,6 @@ def grown_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
 
 OPERATIONS: dict[str, Callable[[Assignment, Drawing], Iterator[Tensor]]] = {
     "copy": copy_blocks,
-    "draw": copy_blocks,  # of what the source itself has drawn
     "experts": expert_blocks,
     "router": router_blocks,
     "grow": grown_blocks,
@@ -295,7 +293,7 @@ def assign(
     dense = dense_tensors[name]
     spec = TensorSpec(name, dtype if dense.dtype.is_floating_point else dense.dtype, shape)
     if dense.shape == shape:
-        return Assignment(spec, "draw" if isinstance(dense.source, DrawnConnector) else "copy", (dense,))
+        return Assignment(spec, "copy", (dense,))
     if is_growable and dense.shape[1:] == shape[1:] and dense.shape[0] < shape[0]:
         return Assignment(spec, "grow", (dense,))
     raise ValueError(f"{name} has the shape {shape} in the sparse model, but {dense.shape} in its parent.")

@@ -6,22 +6,45 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers.utils import CONFIG_NAME
 
-def check_output_folder(folder: Path, force: bool, parents: Iterable[Path] = ()) -> None:
-    """Refuses a target that is a file, that is one of the parents, or that is not empty (unless forced)."""
+
+def check_output_folder(folder: Path, force: bool) -> None:
+    """Refuses a target that cannot be made or renamed, and one that is not empty (forced: one that is no model)."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output-dir {folder} is a file.")
+    if os.path.ismount(folder):
+        raise ValueError(f"--output-dir {folder} is a mount point, which cannot be renamed. Name a folder inside it.")
+    existing = next(parent for parent in folder.resolve().parents if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--output-dir {folder} is below {existing}, which is a file.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--output-dir {folder} cannot be made: there is no permission to write into {existing}.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not force:
+        raise ValueError(f"--output-dir {folder} is not empty. Name another folder, or pass --force to replace it.")
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"--output-dir {folder} is not empty and has no {CONFIG_NAME}: --force replaces model folders only."
+        )
+
+
+def check_parents_survive(folder: Path, parents: Iterable[Path]) -> None:
+    """Refuses a target that is, or that holds, one of the parents' folders or files (symbolic links followed)."""
     target = folder.resolve()
     for parent in parents:
-        if target == parent.resolve() or target in parent.resolve().parents:
+        if target in (parent.resolve(), *parent.resolve().parents):
             raise ValueError(f"--output-dir {folder} is or holds the parent {parent}, which would be overwritten.")
-    if folder.is_dir() and any(folder.iterdir()) and not force:
-        raise ValueError(f"--output-dir {folder} is not empty. Name another folder, or pass --force to replace it.")
 
 
 @contextmanager
-def whole_or_nothing(folder: Path) -> Iterator[Path]:
-    """Gives a temporary sibling of `folder` to write into; it takes its place when all went well, else it goes."""
+def whole_or_nothing(folder: Path, force: bool = False) -> Iterator[Path]:
+    """Gives a temporary sibling of `folder` to write into; it takes its place when all went well, else it goes.
+
+    Raises:
+        ValueError: when meanwhile somebody has written what may not be replaced.
+    """
     target = folder.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
@@ -29,16 +52,14 @@ def whole_or_nothing(folder: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        check_output_folder(folder, force)
         if target.exists():
             target.rename(replaced)
-        try:
-            partial.rename(target)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(target)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
+        partial.rename(target)
     finally:
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
@@ -16,6 +21,8 @@ from .streaming import CheckpointReader, read_json
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# What the host raises on a broken file: whatever the first line that stumbles over it raises.
+BROKEN = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -80,13 +87,24 @@ def read_config(folder: Path) -> PreTrainedConfig:
     Raises:
         ValueError: when it is missing, broken, of a type transformers does not know, or quantised.
     """
-    values = read_json(folder / CONFIG_NAME)
-    if "model_type" not in values:
-        raise ValueError(f"{folder / CONFIG_NAME} names no model_type.")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    file = folder / CONFIG_NAME
+    if "model_type" not in read_json(file):
+        raise ValueError(f"{file} names no model_type.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (*BROKEN, StrictDataclassError) as error:
+        raise ValueError(f"{file} is no configuration that transformers reads: {error}") from error
+    if not isinstance(config, VLMoEConfig):
+        forget_code(config)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} is quantised; upcycling needs the full-precision parent.")
     return config
+
+
+def forget_code(config: PreTrainedConfig) -> None:
+    """Drops references to a parent's own Python: it is never run, and the written folder will not have it."""
+    for one in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        getattr(one, "__dict__", {}).pop("auto_map", None)
 
 
 def open_parent(given: str, role: str, revision: str | None = None) -> Parent:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
 from modeling_vlmoe.configuration_vlmoe import PARTS, VLMoEConfig
@@ -17,12 +18,22 @@ from .dense_tensors import DenseTensors, find_dense_tensors
 from .expert_init import EXPERT_INITS
 from .mapping import PART_PREFIX, DenseTensor, Drawing, Mapping, SparseMLP, map_tensors, sparse_mlps
 from .meta_models import build_on_meta, target_shapes
-from .parents import Parent, open_parents
+from .parents import BROKEN, Parent, open_parents
 from .router_init import ROUTER_INITS
+from .streaming import read_json
 
 DEFAULT_TEXT_EXPERTS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHOWN_IMAGE = (64, 48)  # any picture will do to learn what the image processor makes of one
+# Any one of these sets is a tokenizer's vocabulary; without one the host builds an empty tokenizer.
+VOCABULARIES = (
+    {"tokenizer.json"},
+    {"tokenizer.model"},
+    {"vocab.json", "merges.txt"},
+    {"vocab.txt"},
+    {"spiece.model"},
+    {"sentencepiece.bpe.model"},
+)
 
 
 @dataclass
@@ -37,6 +48,7 @@ class UpcyclePlan:
         dense_config: Its configuration.
         config: The sparse model's.
         processor: The sparse model's.
+        generation: The sparse model's: the LLM's own.
         pixel_shape: Shape of one image's `pixel_values`, (1, channels, height, width).
         mlps: The MLPs that become sparse, by path.
         mapping: What fills every target.
@@ -51,6 +63,7 @@ class UpcyclePlan:
     dense_config: VLMoEConfig
     config: VLMoEConfig
     processor: VLMoEProcessor
+    generation: GenerationConfig
     pixel_shape: tuple[int, ...]
     mlps: dict[str, SparseMLP]
     mapping: Mapping
@@ -93,7 +106,10 @@ def asked_experts(args: UpcycleArguments) -> dict[str, dict[str, Any]]:
         ValueError: for an option of a part that stays dense.
     """
     counts = {part: getattr(args, f"{part}_experts") for part in PARTS}
-    if not any(count is not None for count in counts.values()):
+    named = [f"--{part}-experts" for part, count in counts.items() if count is not None]
+    if args.dense and named:
+        raise ValueError(f"--dense gives no part experts, but {', '.join(named)} is given; leave one of them out.")
+    if not args.dense and not named:
         counts["text"] = DEFAULT_TEXT_EXPERTS
     asked = {}
     for part, count in counts.items():
@@ -141,40 +157,99 @@ def build_dense_config(args: UpcycleArguments, parents: dict[str, Parent]) -> VL
 
 
 def load_part(auto_class: Any, parent: Parent, what: str) -> Any:
-    """Loads an image processor, a tokenizer or a processor from a parent's folder.
+    """Loads an image processor, a tokenizer or a processor from a parent's folder; the parent's own code is not run.
 
     Raises:
         ValueError: when it has none.
     """
+    files = {file.name for file in parent.folder.iterdir()}
+    if auto_class is not AutoImageProcessor and not any(vocabulary <= files for vocabulary in VOCABULARIES):
+        known = ", ".join(" + ".join(sorted(vocabulary)) for vocabulary in VOCABULARIES)
+        raise ValueError(f"{parent.given} has no tokenizer: expected a vocabulary file, one of {known}.")
     try:
-        return auto_class.from_pretrained(parent.folder)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return auto_class.from_pretrained(parent.folder, trust_remote_code=False)
+    except BROKEN as error:
         raise ValueError(f"{parent.given} has no {what} that can be loaded: {error}") from error
 
 
-def build_processor(parents: dict[str, Parent], dense: PreTrainedModel) -> tuple[VLMoEProcessor, tuple[int, ...]]:
-    """The processor, and the shape of one image's pixel values; how many tokens an image takes is measured."""
-    picture = Image.new("RGB", SHOWN_IMAGE)
-    if "vlm" in parents:
-        processor = load_part(VLMoEProcessor, parents["vlm"], "processor")
-        return processor, tuple(processor.image_processor(picture, return_tensors="pt")["pixel_values"].shape)
-    image_processor = load_part(AutoImageProcessor, parents["vision"], "image processor")
-    tokenizer = load_part(AutoTokenizer, parents["text"], "tokenizer")
-    shape = tuple(image_processor(picture, return_tensors="pt")["pixel_values"].shape)
+def load_generation(parent: Parent, config: VLMoEConfig) -> GenerationConfig:
+    """The LLM's generation settings, else those of its configuration.
+
+    Raises:
+        ValueError: when they cannot be read, or could not be written again.
+    """
+    file = parent.folder / GENERATION_CONFIG_NAME
+    if not file.is_file():
+        return GenerationConfig.from_model_config(config)
+    try:
+        read_json(file)  # names what is wrong with it
+        generation = GenerationConfig.from_pretrained(parent.folder)
+        generation.validate()
+    except BROKEN as error:
+        raise ValueError(f"{file} cannot be used: {error}. Mend it, or remove it for the defaults.") from error
+    return generation
+
+
+def measure_image(image_processor: Any, dense: PreTrainedModel, parent: Parent) -> tuple[tuple[int, ...], int]:
+    """What one picture becomes: the shape of its pixel values, and how many features the ViT makes of them.
+
+    Raises:
+        ValueError: when the image processor and the ViT do not belong together.
+    """
+    try:
+        picture = Image.new("RGB", SHOWN_IMAGE)
+        shape = tuple(image_processor(picture, return_tensors="pt")["pixel_values"].shape)
+    except BROKEN as error:
+        raise ValueError(f"The image processor of {parent.given} cannot read a picture: {error}") from error
     if len(shape) != 4 or shape[0] != 1:
         raise ValueError(
-            f"The image processor of {parents['vision'].given} makes {shape} of one picture; expected "
-            "(1, channels, height, width)."
+            f"The image processor of {parent.given} makes {shape} of one picture; expected (1, channels, height, "
+            "width)."
         )
-    features = dense.model.get_image_features(torch.empty(shape, device="meta")).pooler_output
-    return VLMoEProcessor.from_parents(image_processor, tokenizer, num_image_tokens=features[0].shape[0]), shape
+    try:
+        features = dense.model.get_image_features(torch.empty(shape, device="meta")).pooler_output[0]
+    except BROKEN as error:
+        raise ValueError(
+            f"The image processor of {parent.given} makes pixel values {shape} of a picture, but the ViT was built "
+            f"for images of {getattr(dense.config.vision_config, 'image_size', 'another size')} pixels a side: "
+            f"{error}. Set size, crop_size, do_resize in its preprocessor_config.json or processor_config.json."
+        ) from error
+    return shape, features.shape[0]
+
+
+def build_processor(parents: dict[str, Parent], dense: PreTrainedModel) -> tuple[VLMoEProcessor, tuple[int, ...]]:
+    """The processor, and the shape of one image's pixel values; how many tokens an image takes is measured.
+
+    Raises:
+        ValueError: when a dense vlmoe parent's processor does not say what is measured.
+    """
+    if "vlm" not in parents:
+        image_processor = load_part(AutoImageProcessor, parents["vision"], "image processor")
+        tokenizer = load_part(AutoTokenizer, parents["text"], "tokenizer")
+        shape, num_features = measure_image(image_processor, dense, parents["vision"])
+        return VLMoEProcessor.from_parents(image_processor, tokenizer, num_image_tokens=num_features), shape
+    parent = parents["vlm"]
+    processor = load_part(VLMoEProcessor, parent, "processor")
+    shape, num_features = measure_image(processor.image_processor, dense, parent)
+    if processor.num_image_tokens != num_features:
+        raise ValueError(
+            f"The processor of {parent.given} has num_image_tokens {processor.num_image_tokens}, but its ViT makes "
+            f"{num_features} features of an image. Correct its processor_config.json."
+        )
+    if dense.config.image_token_id not in (None, processor.image_token_id):
+        raise ValueError(
+            f"config.json of {parent.given} has image_token_id {dense.config.image_token_id}, but its tokenizer's "
+            f"{processor.image_token} is {processor.image_token_id}. Correct config.json."
+        )
+    return processor, shape
 
 
 def build_config(dense_config: VLMoEConfig, asked: dict[str, dict], processor: VLMoEProcessor) -> VLMoEConfig:
     """The sparse model's configuration: the dense one, with experts, the image token, and rows for new tokens."""
     config = copy.deepcopy(dense_config)
     config.image_token_id = processor.image_token_id
-    config.text_config.vocab_size = max(config.text_config.vocab_size, len(processor.tokenizer))
+    top_id = max(processor.tokenizer.get_vocab().values())  # not their number: a vocabulary may have holes
+    config.text_config.vocab_size = max(config.text_config.vocab_size, top_id + 1)
     for part, moe in asked.items():
         setattr(config, f"{part}_moe", moe)
     config.architectures = [VLMoEForConditionalGeneration.__name__]
@@ -225,12 +300,13 @@ def plan_upcycle(args: UpcycleArguments) -> UpcyclePlan:
     """
     drawing, asked = choose_drawing(args), asked_experts(args)
     parents = open_parents(args)
+    dense = {role: find_dense_tensors(parent) for role, parent in parents.items()}
     dense_config = build_dense_config(args, parents)
     dense_vlm = build_on_meta(lambda: VLMoEForConditionalGeneration(dense_config))
     processor, pixel_shape = build_processor(parents, dense_vlm)
     config = build_config(dense_config, asked, processor)
+    generation = load_generation(parents.get("text") or parents["vlm"], config)
     sparse = build_on_meta(lambda: VLMoEForConditionalGeneration(config))
-    dense = {role: find_dense_tensors(parent) for role, parent in parents.items()}
     dtype = choose_dtype(args, dense)
     for one in (config, config.text_config, config.vision_config):
         one.dtype = dtype
@@ -239,5 +315,17 @@ def plan_upcycle(args: UpcycleArguments) -> UpcyclePlan:
     dropped = {role: tensors.dropped for role, tensors in dense.items()}
     mapping = map_tensors(named, mlps, sparse, dtype, dropped)
     return UpcyclePlan(
-        args, parents, dense, named, dense_config, config, processor, pixel_shape, mlps, mapping, drawing, dtype
+        args=args,
+        parents=parents,
+        dense=dense,
+        dense_tensors=named,
+        dense_config=dense_config,
+        config=config,
+        processor=processor,
+        generation=generation,
+        pixel_shape=pixel_shape,
+        mlps=mlps,
+        mapping=mapping,
+        drawing=drawing,
+        dtype=dtype,
     )

@@ -1,55 +1,55 @@
-"""Looking at one MLP in its dense and in its sparse form while each model runs, with random rows riding along.
+"""Looking at one MLP in its dense and in its sparse form, side by side, while the models run.
 
-The rows are appended to whatever the MLP is given and taken off its result, so the model around it computes as ever,
-and every weight is read once for both questions: is this layer the same function on random input, and on what it is
-really given?
+In the dense run a probe notes what its MLP is really given. In the sparse run these rows, and random ones of which
+every expert gets some, are appended to whatever the sparse MLP is given and taken off its result: the model around it
+computes as ever, and every expert is read once. The dense MLP is run on the same rows right there and both are
+compared, so that nothing of them outlives the layer.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from modeling_vlmoe.sparse_moe import Router
+from modeling_vlmoe.sparse_moe import Router, SparseMoE
 
+from .gaps import Findings, ProofError, measure_gap, nudge
+from .mapped_maths import mapped_maths
 from .seeding import tensor_generator
 
-FIRST_ROWS, MOST_ROWS = 16, 2**14
+FEWEST_ROWS, ROWS_PER_EXPERT = 16, 2
+CANDIDATES, MOST_CANDIDATES = 256, 2**14
 KEPT_ROWS = 32  # of what the MLP is really given
+GIVEN = "what it is given"
 
 
-class ProofError(ValueError):
-    """What was written does not compute what its parents compute."""
-
-
-def measure_gap(dense: Tensor, sparse: Tensor) -> float:
-    """The largest difference, in standard deviations of the dense result; infinite for what is no number."""
-    difference = (dense - sparse).abs().max().item()
-    spread = dense.std().item()
-    gap = difference / spread if spread > 0 else (0.0 if difference == 0 else float("inf"))
-    return gap if gap == gap else float("inf")
-
-
-def probe_rows(path: str, router: Router | None, width: int, seed: int) -> Tensor:
-    """Random rows by the MLP's name: so many that its router sends some to every expert.
+def probe_rows(path: str, router: Router, seed: int) -> Tensor:
+    """Random rows by the MLP's name, few and so chosen that the router sends some to every expert.
 
     Raises:
         ProofError: when some expert is never chosen.
     """
-    count = FIRST_ROWS
-    while True:
-        rows = torch.randn(count, width, generator=tensor_generator(seed, f"{path} probe"))
-        if router is None:
-            return rows
-        idle = set(range(router.weight.shape[0])) - set(router(rows)[2].unique().tolist())
-        if not idle:
-            return rows
-        if count >= MOST_ROWS:
-            raise ProofError(
-                f"{path}: experts {sorted(idle)} are chosen for none of {count} random tokens, so nothing proves them."
-            )
-        count *= 2
+    num_experts, width = router.weight.shape
+    generator = tensor_generator(seed, f"{path} probe")
+    kept: list[Tensor] = []
+    uses = [0] * num_experts
+    for _ in range(0, MOST_CANDIDATES, CANDIDATES):
+        rows = torch.randn(CANDIDATES, width, generator=generator)
+        for row, experts in zip(rows, router(rows)[2].tolist(), strict=True):
+            if len(kept) < FEWEST_ROWS or any(uses[expert] < ROWS_PER_EXPERT for expert in experts):
+                kept.append(row.clone())
+                for expert in experts:
+                    uses[expert] += 1
+        if min(uses) >= ROWS_PER_EXPERT:
+            return torch.stack(kept)
+    idle = [expert for expert, count in enumerate(uses) if count == 0]
+    if not idle:
+        return torch.stack(kept)
+    raise ProofError(
+        f"{path}: experts {idle} are chosen for none of {MOST_CANDIDATES} random tokens, so nothing proves them."
+    )
 
 
 class Probe:
@@ -59,47 +59,84 @@ class Probe:
         path: Its name in the sparse model.
         dense: The dense module.
         sparse: The module in its place.
+        dtype: What dense weights are rounded to.
         seed: Of the random rows.
+        findings: Where its gaps go.
     """
 
-    def __init__(self, path: str, dense: nn.Module, sparse: nn.Module, width: int, seed: int):
+    def __init__(
+        self, path: str, dense: nn.Module, sparse: SparseMoE, dtype: torch.dtype, seed: int, findings: Findings
+    ):
         self.path, self.dense, self.sparse = path, dense, sparse
-        self.rows = probe_rows(path, getattr(sparse, "router", None), width, seed)
-        self.results: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self.dtype, self.seed, self.findings = dtype, seed, findings
+        self.given: Tensor | None = None
+        self.rows: Tensor | None = None
+
+    def _note(self, module: nn.Module, args: tuple) -> None:
+        self.given = self._first_rows(args[0])
+
+    @staticmethod
+    def _first_rows(given: Tensor) -> Tensor:
+        return given.reshape(-1, given.shape[-1])[:KEPT_ROWS].clone()
 
     def _append(self, module: nn.Module, args: tuple) -> tuple:
+        assert self.given is not None, f"{self.path} did not run in its dense parent"
         given = args[0]
+        self.findings.informative[f"{self.path}, {GIVEN}"] = measure_gap(self.given, self._first_rows(given))
+        self.rows = torch.cat([self.given, probe_rows(self.path, self.sparse.router, self.seed)])
         return torch.cat([given, self.rows.expand(*given.shape[:-2], *self.rows.shape)], dim=-2), *args[1:]
 
-    def _take_off(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        real, random = output.split([output.shape[-2] - len(self.rows), len(self.rows)], dim=-2)
-        self.results[module] = (random.clone(), real[..., :KEPT_ROWS, :].clone())
-        return real
+    def _compare(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        assert self.rows is not None
+        assert self.given is not None
+        own, extra = output.split([output.shape[-2] - len(self.rows), len(self.rows)], dim=-2)
+        sparse = extra.reshape(-1, *extra.shape[-2:])[0]
+        dense = self._run_dense(self.rows)
+        num_real = len(self.given)
+        for where, part in (("random input", slice(num_real, None)), ("the dense model's input", slice(num_real))):
+            nudged = partial(self._run_nudged, self.rows[part])
+            self.findings.judge(f"{self.path} on {where}", dense[part], sparse[part], nudged)
+        self.given = self.rows = None
+        return own
+
+    def _run_dense(self, rows: Tensor) -> Tensor:
+        with mapped_maths(self.dtype):
+            return self.dense(rows[None])[0]
+
+    def _run_nudged(self, rows: Tensor) -> Tensor:
+        return self._run_dense(nudge(rows, tensor_generator(self.seed, f"{self.path} nudge")))
 
     @contextmanager
-    def riding(self, module: nn.Module) -> Iterator[None]:
-        """Within it the rows ride through `module`, the dense or the sparse one."""
-        hooks = (module.register_forward_pre_hook(self._append), module.register_forward_hook(self._take_off))
-        try:
+    def noting(self) -> Iterator[None]:
+        """Within it the dense model runs."""
+        with hooked(self.dense.register_forward_pre_hook(self._note)):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def gaps(self) -> dict[str, float]:
-        """The gap on random rows, and on what the MLP was given in the running model."""
-        dense_random, dense_real = self.results.pop(self.dense)
-        sparse_random, sparse_real = self.results.pop(self.sparse)
-        return {
-            "random input": measure_gap(dense_random, sparse_random),
-            "in the model": measure_gap(dense_real, sparse_real),
-        }
+    @contextmanager
+    def comparing(self) -> Iterator[None]:
+        """Within it the sparse model runs.
+
+        Raises:
+            ProofError: naming the MLP, when it is not the dense one.
+        """
+        before = self.sparse.register_forward_pre_hook(self._append)
+        with hooked(before), hooked(self.sparse.register_forward_hook(self._compare)):
+            yield
 
 
 @contextmanager
-def all_riding(modules: list[tuple[Probe, nn.Module]]) -> Iterator[None]:
-    """The rows of several probes ride at once."""
-    with ExitStack() as rides:
-        for probe, module in modules:
-            rides.enter_context(probe.riding(module))
+def hooked(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    """A hook that goes when the block ends."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def all_of(contexts: list) -> Iterator[None]:
+    """Several contexts at once."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
         yield

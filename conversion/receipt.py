@@ -3,20 +3,20 @@
 import hashlib
 import json
 from collections import Counter
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from modeling_vlmoe import __version__
 from modeling_vlmoe.configuration_vlmoe import PARTS
 
+from .casts import find_casts
 from .connector_init import DrawnConnector
+from .gaps import FLOOR_FACTOR, LIMIT, Findings
 from .mapping import Mapping
 from .parents import Parent
 from .planning import UpcyclePlan
-from .verify import LIMIT
 
 RECEIPT_NAME = "upcycle_receipt.json"
 PACKAGES = ("torch", "transformers", "safetensors")
@@ -26,7 +26,7 @@ FORMAT = 1
 
 def describe_parent(parent: Parent) -> dict[str, Any]:
     """A parent: its Hub id and commit, or its folder's name; its files' sizes and the hash of its configuration."""
-    is_hub = parent.revision is not None and not Path(parent.given).is_dir()
+    is_hub = parent.revision is not None and not Path(parent.given).expanduser().is_dir()
     return {
         "name": parent.given if is_hub else parent.folder.resolve().name,
         "revision": parent.revision,
@@ -45,7 +45,7 @@ def describe_settings(plan: UpcyclePlan) -> dict[str, Any]:
         "expert_init": plan.drawing.expert_init,
         "router_init": plan.drawing.router_init,
         "dtype": str(plan.dtype).removeprefix("torch."),
-        "casts": find_casts(plan),
+        "casts": [asdict(cast) for cast in find_casts(plan)],
         "vision_feature_layer": config.vision_feature_layer,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "image_token": plan.processor.image_token,
@@ -56,18 +56,6 @@ def describe_settings(plan: UpcyclePlan) -> dict[str, Any]:
             "written": config.text_config.vocab_size,
         },
     }
-
-
-def find_casts(plan: UpcyclePlan) -> dict[str, str]:
-    """For each parent whose tensors were cast: from what to what, and whether that loses digits."""
-    casts: dict[str, str] = {}
-    for role, dense in plan.dense.items():
-        for dtype in sorted({dense.dtype(name) for name in dense.names} - {plan.dtype}, key=str):
-            if dtype.is_floating_point:
-                is_exact = torch.promote_types(dtype, plan.dtype) == plan.dtype
-                source, target = str(dtype).removeprefix("torch."), str(plan.dtype).removeprefix("torch.")
-                casts[role] = f"{source} to {target}, {'exact' if is_exact else 'rounded'}"
-    return casts
 
 
 def describe_mapping(mapping: Mapping) -> dict[str, Any]:
@@ -84,7 +72,23 @@ def describe_mapping(mapping: Mapping) -> dict[str, Any]:
     }
 
 
-def build_receipt(plan: UpcyclePlan, gaps: dict[str, float], file_hashes: dict[str, str]) -> dict[str, Any]:
+def describe_proof(findings: Findings) -> dict[str, Any]:
+    """What was judged, each beside its limit, and what was only measured."""
+    gaps = {
+        what: {name: value for name, value in asdict(one).items() if value is not None}
+        for what, one in findings.judged.items()
+    }
+    return {
+        "limit": LIMIT,
+        "floor_factor": FLOOR_FACTOR,
+        "largest_gap": findings.largest.gap,
+        "largest_gap_limit": findings.largest.limit,
+        "gaps": gaps,
+        "informative": findings.informative,
+    }
+
+
+def build_receipt(plan: UpcyclePlan, findings: Findings, file_hashes: dict[str, str]) -> dict[str, Any]:
     """The receipt as JSON values."""
     return {
         "format": FORMAT,
@@ -93,7 +97,7 @@ def build_receipt(plan: UpcyclePlan, gaps: dict[str, float], file_hashes: dict[s
         "settings": describe_settings(plan),
         "parameters": {"total": plan.mapping.num_parameters, "active": plan.mapping.num_active_parameters},
         "mapping": describe_mapping(plan.mapping),
-        "proof": {"limit": LIMIT, "largest_gap": max(gaps.values()), "gaps": gaps},
+        "proof": describe_proof(findings),
         "files_sha256": file_hashes,
         "versions": {"vlmoe": __version__, **{package: version(package) for package in PACKAGES}},
     }

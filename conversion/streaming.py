@@ -47,9 +47,12 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path.parent} has no {path.name}.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}; expected a JSON object.")
+    return values
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -84,17 +87,16 @@ class CheckpointReader:
         self.folder = Path(folder)
         self.files = weight_files(self.folder)
         self._home: dict[str, safe_open] = {}
-        self._handles: list[safe_open] = []
+        self._file: dict[str, Path] = {}
         for file in self.files:
             try:
                 handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} is corrupt or truncated: {error}") from error
-            self._handles.append(handle)
             for name in handle.keys():  # noqa: SIM118 (not a dict)
                 if name in self._home:
                     raise ValueError(f"{self.folder} holds the tensor {name} twice, the second time in {file.name}.")
-                self._home[name] = handle
+                self._home[name], self._file[name] = handle, file
         self._check_index()
 
     def _check_index(self) -> None:
@@ -128,24 +130,16 @@ class CheckpointReader:
 
     def span(self, name: str) -> MappedSpan:
         """Where a tensor is, so that its pages can be let go of."""
-        return MappedSpan(self.tensor(name), *self._place(name))
-
-    def _place(self, name: str) -> tuple[Path, int]:
-        """The file that holds a tensor, and where in it."""
-        file = next(file for file, handle in zip(self.files, self._handles, strict=True) if handle is self._home[name])
-        with file.open("rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            header = json.loads(raw.read(length))
-        return file, 8 + length + header[name]["data_offsets"][0]
+        return MappedSpan(self.tensor(name), self._file[name])
 
 
-def row_blocks(tensor: Tensor, block_bytes: int = CAST_ROWS_BYTES) -> Iterator[Tensor]:
-    """Cuts a tensor along its first dimension into blocks of about `block_bytes`."""
+def row_blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """Cuts a tensor along its first dimension into blocks of about `CAST_ROWS_BYTES`."""
     if tensor.ndim == 0:
         yield tensor
         return
     row_bytes = max(1, tensor[:1].numel() * tensor.element_size())
-    yield from tensor.split(max(1, block_bytes // row_bytes))
+    yield from tensor.split(max(1, CAST_ROWS_BYTES // row_bytes))
 
 
 def cast_blocks(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -10,15 +10,13 @@ import hashlib
 from collections import Counter
 from pathlib import Path
 
-from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from modeling_vlmoe import VLMoEForConditionalGeneration, register
 
 from .arguments import UpcycleArguments
 from .meta_models import build_on_meta
-from .output_folder import check_output_folder, check_space, whole_or_nothing
+from .output_folder import check_output_folder, check_parents_survive, check_space, whole_or_nothing
 from .planning import UpcyclePlan, plan_upcycle
 from .receipt import build_receipt, write_receipt
 from .streaming import write_checkpoint
@@ -29,7 +27,7 @@ def upcycle(args: UpcycleArguments) -> Path:
     """Writes a sparse vision-language model that computes what its dense parents compute.
 
     It is written into a temporary folder beside the output, proved there against the parents, and moved into place;
-    whatever fails leaves nothing behind. With `dry_run` nothing is written at all.
+    whatever fails leaves nothing behind.
 
     Args:
         args: What to make of what.
@@ -42,11 +40,13 @@ def upcycle(args: UpcycleArguments) -> Path:
         ProofError: a ValueError, when the result does not compute what the parents compute.
         OSError: when the disk is full.
     """
-    output, plan = prepare(args)
     if args.dry_run:
-        return output
+        raise ValueError("dry_run is set, but upcycle() writes; preview() says what would be written.")
+    if args.output_dir is None:
+        raise ValueError("Give --output-dir, the folder of the model.")
+    output, plan = Path(args.output_dir).expanduser(), prepare(args)
     check_space(output, plan.mapping.num_bytes)
-    with whole_or_nothing(output) as folder:
+    with whole_or_nothing(output, args.force) as folder:
         try:
             file_hashes = write_checkpoint(folder, plan.mapping.specs, plan.mapping.blocks(plan.drawing))
             write_companions(plan, folder)
@@ -63,35 +63,32 @@ def upcycle(args: UpcycleArguments) -> Path:
     return output
 
 
-def prepare(args: UpcycleArguments) -> tuple[Path, UpcyclePlan]:
-    """The output folder, which may be written, and the plan."""
+def prepare(args: UpcycleArguments) -> UpcyclePlan:
+    """The plan, once the output folder (where one is named) is known to be free."""
     register()
-    if args.output_dir is None:
-        raise ValueError("Give --output-dir, the folder of the sparse model.")
-    output = Path(args.output_dir).expanduser()
+    output = None if args.output_dir is None else Path(args.output_dir).expanduser()
+    if output is not None:
+        check_output_folder(output, args.force)
     plan = plan_upcycle(args)
-    check_output_folder(output, args.force, [parent.folder for parent in plan.parents.values()])
-    return output, plan
+    if output is not None:
+        for parent in plan.parents.values():
+            check_parents_survive(output, [parent.folder, *parent.reader.files])
+    return plan
 
 
 def preview(args: UpcycleArguments) -> str:
-    """What `upcycle` would write, for people; nothing is written.
+    """What `upcycle` would write, for people; nothing is written, and no output folder need be named.
 
     Raises:
         ValueError: as `upcycle` would.
     """
-    return summarise(prepare(args)[1])
+    return summarise(prepare(args))
 
 
 def write_companions(plan: UpcyclePlan, folder: Path) -> None:
     """Writes what a checkpoint holds beside its weights: configurations, processor, and the model's code."""
     plan.config.save_pretrained(folder)
-    parent = plan.parents.get("text") or plan.parents["vlm"]
-    if (parent.folder / GENERATION_CONFIG_NAME).is_file():
-        generation = GenerationConfig.from_pretrained(parent.folder)
-    else:
-        generation = GenerationConfig.from_model_config(plan.config)
-    generation.save_pretrained(folder)
+    plan.generation.save_pretrained(folder)
     plan.processor.save_pretrained(folder)
     custom_object_save(build_on_meta(lambda: VLMoEForConditionalGeneration(plan.config)), folder)
 
@@ -118,6 +115,8 @@ def summarise(plan: UpcyclePlan) -> str:
         times = f"{len(members)} x " if len(members) > 1 else ""
         dtype = str(first.spec.dtype).removeprefix("torch.")
         lines.append(f"{operation:8}{times}{name} {list(first.spec.shape)} {dtype}{sources}")
+    if "vlm" not in plan.parents:
+        lines.append("the dense connector that these are made of is drawn: the parents have none")
     for role, reasons in plan.mapping.dropped.items():
         lines += [f"dropped {count} x {role}: {reason}" for reason, count in Counter(reasons.values()).items()]
     mapping = plan.mapping

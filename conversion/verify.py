@@ -1,78 +1,42 @@
 """The proof: what was written computes what the parents compute. It reads the written files, and the parents' own.
 
-Dense and sparse models are the host's and ours, with their weights mapped from the files and all maths in float32.
-Each MLP is compared on random input, of which every expert gets some, and the whole on what it gives: logits of random
-tokens, features of random pixels. The gap is the largest difference in standard deviations of the dense result; above
-`LIMIT` there is no checkpoint. The dense side is the parent in the dtype that is written: a cast is the user's wish
-(the receipt names it), an error is not.
+Three questions, all maths in float32 on weights mapped from the files:
+
+- Do the files hold what they were to hold? Names, shapes, dtypes, and every byte outside the experts.
+- Is each sparse MLP its dense one? Side by side, on random rows of which every expert gets some, and on the rows that
+  the dense model really gives it.
+- Does the whole, as its own configuration and processor describe it, give what the parents give? Logits of random
+  tokens with a picture behind them, and what ViT and connector make of the picture.
+
+How far results may be apart is said in `gaps`. The dense side is the parent in the dtype that is written: a cast is
+the user's wish, an error is not; what a cast that rounds costs is measured too, but not judged.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_vlmoe import VLMoEForConditionalGeneration
-from modeling_vlmoe.sparse_moe import Experts
-
-from .dense_tensors import dense_model
+from .casts import find_casts
+from .dense_runs import DenseRun, dense_images, dense_text, feature_layers, image_results, parent_of
+from .gaps import LIMIT, Findings, ProofError, measure_gap
 from .mapped_maths import mapped_maths
 from .mapping import PART_PREFIX
-from .meta_models import build_on_meta, fill_mapped
-from .page_flow import PageFlow
 from .planning import UpcyclePlan
-from .probes import Probe, ProofError, all_riding, measure_gap
+from .probes import GIVEN, Probe, all_of, hooked
 from .seeding import tensor_generator
 from .streaming import CheckpointReader
+from .written_checkpoint import check_weights, expert_pages, open_model, process_picture
 
-LIMIT = 1e-5
 NUM_TOKENS = 32
+NUM_SEEN = 16  # image features that the LLM reads: its cost is not to grow with the picture's tokens
 
 __all__ = ["LIMIT", "ProofError", "prove"]
-
-
-def sparse_model(plan: UpcyclePlan, reader: CheckpointReader) -> PreTrainedModel:
-    """The written model, mapped from its files; experts run by the plain loop."""
-    model = build_on_meta(lambda: VLMoEForConditionalGeneration(copy.deepcopy(plan.config)))
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.config._experts_implementation_internal = "eager"
-    return fill_mapped(model, reader.tensor)
-
-
-def expert_pages(plan: UpcyclePlan, reader: CheckpointReader, model: PreTrainedModel) -> PageFlow:
-    """Lets go of each stack of experts when it has run: the model may be larger than the memory that is free."""
-    pages = PageFlow()
-    for path in plan.mlps:
-        experts = model.get_submodule(f"{path}.experts")
-        names = [f"{path}.experts.{name}" for name, _ in experts.named_parameters(recurse=False)]
-        pages.let_go_after(experts, [reader.span(name) for name in names])
-    return pages
-
-
-def reference_model(plan: UpcyclePlan, role: str) -> PreTrainedModel:
-    """A dense parent in its own class, mapped from its files, rounded to the dtype that is written."""
-    tensors = plan.dense[role]
-    return fill_mapped(dense_model(tensors.parent), tensors.tensor, plan.dtype)
-
-
-def judge(what: str, gap: float) -> float:
-    """Gives the gap back, if it is small enough.
-
-    Raises:
-        ProofError: saying what differs by how much.
-    """
-    if not gap <= LIMIT:
-        raise ProofError(
-            f"The sparse model is not its dense parents: {what} differs by {gap:.2g} standard deviations, "
-            f"{LIMIT:g} are allowed. No checkpoint is written."
-        )
-    return gap
 
 
 class Proof:
@@ -81,107 +45,119 @@ class Proof:
     Args:
         plan: What was to be written.
         folder: What was written.
+
+    Raises:
+        ProofError: when the files do not hold what they were to hold.
     """
 
     def __init__(self, plan: UpcyclePlan, folder: Path):
-        self.plan = plan
+        self.plan, self.folder = plan, folder
         reader = CheckpointReader(folder)
-        self.sparse = sparse_model(plan, reader)
+        check_weights(plan, reader)
+        self.sparse: Any = open_model(plan, folder, reader)
         self.pages = expert_pages(plan, reader, self.sparse)
-        self.gaps: dict[str, float] = {}
+        self.findings = Findings()
+        self.rounded = {cast.parent for cast in find_casts(plan) if not cast.is_exact}
 
     def _generator(self, name: str) -> torch.Generator:
         return tensor_generator(self.plan.drawing.seed, f"proof of {name}")
 
+    def _probes(self, roots: dict[str, nn.Module]) -> list[Probe]:
+        """One probe for each sparse MLP of these parts."""
+        probes = []
+        for part, root in roots.items():
+            for path in self.plan.mlps:
+                if path.startswith(PART_PREFIX[part]):
+                    dense = root.get_submodule(path.removeprefix(PART_PREFIX[part]))
+                    sparse: Any = self.sparse.get_submodule(path)
+                    seed = self.plan.drawing.seed
+                    probes.append(Probe(path, dense, sparse, self.plan.dtype, seed, self.findings))
+        return probes
+
     def compare(
         self,
         part: str,
-        dense_root: nn.Module,
-        run_dense: Callable[[], dict[str, Tensor]],
+        make_dense: Callable[[torch.dtype | None], DenseRun],
         run_sparse: Callable[[], dict[str, Tensor]],
-    ) -> dict[str, Tensor]:
-        """Runs a part dense and sparse with probes in its MLPs, and judges them and the results; gives the dense ones.
+    ) -> None:
+        """Runs a part dense and sparse, with probes in its MLPs, and judges the results.
 
         Args:
-            part: `text`, `vision` or `connector`.
-            dense_root: Holds the dense MLPs, under their paths in the part.
-            run_dense: Gives the dense results by what they are.
-            run_sparse: Gives the sparse ones.
+            part: `text` or `vision`: whose parent it is.
+            make_dense: Gives the dense run for the dtype that weights are rounded to.
+            run_sparse: Gives the sparse results under the same names.
         """
-        prefix = PART_PREFIX[part]
-        probes = []
-        for path, mlp in self.plan.mlps.items():
-            if path.startswith(prefix):
-                dense = dense_root.get_submodule(path.removeprefix(prefix))
-                width = dense.get_parameter(mlp.dense_names(f"{mlp.layout.input_stack}")[0]).shape[1]
-                probes.append(Probe(path, dense, self.sparse.get_submodule(path), width, self.plan.drawing.seed))
-        with mapped_maths(self.plan.dtype), all_riding([(probe, probe.dense) for probe in probes]):
-            wanted = run_dense()
-        with mapped_maths(), all_riding([(probe, probe.sparse) for probe in probes]):
+        dense = make_dense(self.plan.dtype)
+        probes = self._probes(dense.roots)
+        with all_of([probe.noting() for probe in probes]):
+            wanted = dense()
+        with mapped_maths(), all_of([probe.comparing() for probe in probes]):
             got = run_sparse()
-        strayed = []
-        for probe in probes:
-            gaps = probe.gaps()
-            self.gaps |= {f"{probe.path}, {where}": gap for where, gap in gaps.items()}
-            judge(f"{probe.path} on random input", gaps["random input"])
-            if gaps["in the model"] > LIMIT:
-                strayed.append(probe.path)
+        nudged_results = cache(lambda: dense(self._generator(f"{part} nudge")))
+        astray = self._first_astray(probes)
         for what, dense_result in wanted.items():
-            gap = measure_gap(dense_result, got[what])
-            self.gaps[what] = gap
-            judge(f"{what} (first astray: {strayed[0]})" if strayed else what, gap)
-        return wanted
+            nudged = partial(lambda what: nudged_results()[what], what)
+            self.findings.judge(what, dense_result, got[what], nudged, astray)
+        if parent_of(self.plan, part) in self.rounded:
+            for what, stored in make_dense(None)().items():
+                gap = measure_gap(stored, got[what])
+                self.findings.informative[f"{what}, against the parent as it is stored"] = gap
 
-    def prove_text(self) -> None:
-        """Logits of random tokens, over the parent's vocabulary."""
-        role = "text" if "text" in self.plan.dense else "vlm"
-        reference = reference_model(self.plan, role)
-        root: Any = reference.base_model if role == "text" else reference.model.language_model
-        vocabulary = root.get_input_embeddings().weight.shape[0]
+    def _first_astray(self, probes: list[Probe]) -> str:
+        """The first MLP that is given something else than its dense one, for messages."""
+        given = ((probe.path, self.findings.informative[f"{probe.path}, {GIVEN}"]) for probe in probes)
+        first = next((path for path, gap in given if gap > LIMIT), None)
+        return "" if first is None else f" (first astray: what {first} is given)"
+
+    def prove_images(self, pixels: Tensor) -> Tensor:
+        """What ViT and connector make of a picture; gives its sparse features, (1, tokens, text width)."""
+        body, layers = self.sparse.model, feature_layers(self.plan.config)
+        got: dict[str, Tensor] = {}
+
+        def results() -> dict[str, Tensor]:
+            got.update(image_results(body.vision_tower, body.connector, pixels, self.sparse.config, layers))
+            return got
+
+        self.compare("vision", lambda dtype: dense_images(self.plan, pixels, dtype), results)
+        return got["image features"]
+
+    def check_placeholders(self, picture_ids: Tensor, num_features: int) -> None:
+        """A picture takes as many tokens as it has features.
+
+        Raises:
+            ProofError: naming both numbers.
+        """
+        token = self.sparse.config.image_token_id
+        if (num_tokens := int((picture_ids == token).sum())) != num_features:
+            raise ProofError(
+                f"The processor that was written gives a picture {num_tokens} tokens (num_image_tokens) of the id "
+                f"that the configuration names (image_token_id, {token}), but the model gives it {num_features} "
+                "features. No checkpoint is written."
+            )
+
+    def prove_text(self, picture_ids: Tensor, features: Tensor) -> None:
+        """Logits of random tokens, over the parent's vocabulary.
+
+        The picture stands behind them, where a causal model's logits do not know of it.
+        """
+        vocabulary = self.plan.dense_config.text_config.vocab_size
         tokens = torch.randint(vocabulary - 1, (1, NUM_TOKENS), generator=self._generator("text"))
         tokens[tokens == self.plan.config.image_token_id] = vocabulary - 1
+        ids = torch.cat([tokens, picture_ids], dim=1)
+        image = BaseModelOutputWithPooling(pooler_output=list(features))  # type: ignore[arg-type]
 
-        def logits(model: nn.Module) -> dict[str, Tensor]:
-            return {"text logits": model(input_ids=tokens, use_cache=False).logits[..., :vocabulary]}
+        def cut(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            return args, kwargs | {"inputs_embeds": kwargs["inputs_embeds"][:, : NUM_TOKENS + NUM_SEEN]}
 
-        self.compare("text", root, lambda: logits(reference), lambda: logits(self.sparse))
+        def results() -> dict[str, Tensor]:
+            tower = self.sparse.model.language_model
+            with hooked(tower.register_forward_pre_hook(cut, with_kwargs=True)):
+                logits = self.sparse(input_ids=ids, mm_encoder_outputs={"image": image}, use_cache=False).logits
+            if not logits.isfinite().all():
+                raise ProofError("The logits behind a picture are not finite. No checkpoint is written.")
+            return {"text logits": logits[:, :NUM_TOKENS, :vocabulary]}
 
-    def prove_vision(self) -> Tensor:
-        """Everything the ViT gives for random pixels, and what the connector reads of it; gives the latter."""
-        role = "vision" if "vision" in self.plan.dense else "vlm"
-        reference = reference_model(self.plan, role)
-        tower = reference if role == "vision" else reference.model.vision_tower
-        pixels = torch.randn(self.plan.pixel_shape, generator=self._generator("vision"))
-        config = self.plan.config
-        layers = config.vision_feature_layer
-        layers = [layers] if isinstance(layers, int) else list(layers)
-
-        def features(model: nn.Module) -> dict[str, Tensor]:
-            outputs = model(pixel_values=pixels, output_hidden_states=True)
-            found = {f"vision hidden state {layer}": outputs.hidden_states[layer] for layer in layers}
-            found["vision last hidden state"] = outputs.last_hidden_state
-            if outputs.get("pooler_output") is not None:
-                found["vision pooled output"] = outputs.pooler_output
-            return found
-
-        found = self.compare(
-            "vision", tower, lambda: features(tower), lambda: features(self.sparse.model.vision_tower)
-        )
-        return torch.cat([found[f"vision hidden state {layer}"] for layer in layers], dim=-1)
-
-    def prove_connector(self, features: Tensor) -> None:
-        """The connector on the ViT's features."""
-        prefix = PART_PREFIX["connector"]
-        dense_vlm = build_on_meta(lambda: VLMoEForConditionalGeneration(copy.deepcopy(self.plan.dense_config)))
-        dense = dense_vlm.model.connector
-        fill_mapped(dense, lambda name: self.plan.dense_tensors[prefix + name].read(), self.plan.dtype)
-        sparse = self.sparse.model.connector
-        self.compare(
-            "connector",
-            dense,
-            lambda: {"connector output": dense.mlp(features)},
-            lambda: {"connector output": sparse.mlp(features)},
-        )
+        self.compare("text", lambda dtype: dense_text(self.plan, tokens, dtype), results)
 
 
 @contextmanager
@@ -196,20 +172,22 @@ def one_thread() -> Iterator[None]:
 
 
 @torch.no_grad()
-def prove(plan: UpcyclePlan, folder: Path) -> dict[str, float]:
+def prove(plan: UpcyclePlan, folder: Path) -> Findings:
     """Proves that the files in `folder` compute what the plan's parents compute.
 
     Returns:
         Every measured gap.
 
     Raises:
-        ProofError: naming the layer, or the result, that differs.
+        ProofError: naming the tensor, the layer, or the result that differs.
     """
     with one_thread():
         proof = Proof(plan, folder)
         try:
-            proof.prove_connector(proof.prove_vision())
-            proof.prove_text()
+            picture_ids, pixels = process_picture(plan, folder)
+            features = proof.prove_images(pixels)
+            proof.check_placeholders(picture_ids, features.shape[1])
+            proof.prove_text(picture_ids, features)
         finally:
             proof.pages.close()
-    return proof.gaps
+    return proof.findings

@@ -14,11 +14,21 @@ from typing import Annotated, Any
 
 import typer
 
-from modeling_vlmoe.conversion.arguments import UpcycleArguments, read_recipe
+from modeling_vlmoe.conversion.arguments import UpcycleArguments
 from modeling_vlmoe.finetune.command import run_finetune, settings_help
 from modeling_vlmoe.finetune.demo.command import run_demo_command
+from modeling_vlmoe.recipe_files import read_recipe
 
-DONE, FAILED, USER_ERROR = 0, 1, 2
+FAILED, USER_ERROR = 1, 2
+# What a user can mend: a path that is wrong or closed, a network that is not there.
+MENDABLE = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+    ConnectionError,
+)
 FLAG_TYPES = {"bool": bool, "int": int, "str": str}
 
 app = typer.Typer(
@@ -86,7 +96,8 @@ def run_upcycle(args: UpcycleArguments) -> None:
     """Make a sparse vision-language model of a dense LLM and a dense ViT, or of a dense vlmoe model (--vlm-model).
 
     It computes what its parents compute: that is proved on the written files, or nothing is written. Parts whose
-    --*-experts is not given stay dense; with none of the three given, the LLM gets 8 experts, top-2.
+    --*-experts is not given stay dense; with none of the three given, the LLM gets 8 experts, top-2; with --dense
+    none gets any.
     """
     from modeling_vlmoe.conversion import upcycle
 
@@ -100,16 +111,24 @@ def run_upcycle(args: UpcycleArguments) -> None:
 
 
 def describe_result(output: Any) -> str:
-    """What was written, in three lines."""
+    """What was written, in a few lines."""
     import json
 
-    receipt = json.loads((output / "upcycle_receipt.json").read_text(encoding="utf-8"))
+    from modeling_vlmoe.conversion.receipt import RECEIPT_NAME
+
+    receipt = json.loads((output / RECEIPT_NAME).read_text(encoding="utf-8"))
     parameters, proof = receipt["parameters"], receipt["proof"]
+    names = {"text": "LLM", "vision": "ViT", "vlm": "dense model"}
+    rounded = [
+        f"the {names[cast['parent']]} was rounded from {cast['source']} to {cast['target']}\n"
+        for cast in receipt["settings"]["casts"]
+        if not cast["is_exact"]
+    ]
     return (
         f"{output}: {parameters['total']:,} parameters, {parameters['active']:,} active per token\n"
-        f"proved equal to its parents: largest gap {proof['largest_gap']:.1e} standard deviations "
-        f"(limit {proof['limit']:g})\n"
-        "receipt: upcycle_receipt.json"
+        f"proved equal to its parents{', as rounded' if rounded else ''}: largest gap {proof['largest_gap']:.1e} "
+        f"standard deviations (limit {proof['largest_gap_limit']:.1e})\n"
+        f"{''.join(rounded)}receipt: {RECEIPT_NAME}"
     )
 
 
@@ -124,17 +143,23 @@ def stop(signum: int, frame: Any) -> None:
 
 def main() -> None:
     """Runs the command line and turns what goes wrong into a message and an exit code."""
-    signal.signal(signal.SIGTERM, stop)
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores it
+            signal.signal(number, stop)
     try:
         app()
     except ValueError as error:
         typer.echo(f"vlmoe: {error}", err=True)
         sys.exit(USER_ERROR)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            typer.echo(f"vlmoe: {error.strerror}", err=True)
+            sys.exit(FAILED)
+        if not isinstance(error, MENDABLE) and error.errno is not None:  # without a number a library says it in words
             raise
-        typer.echo(f"vlmoe: {error.strerror}", err=True)
-        sys.exit(FAILED)
+        typer.echo(f"vlmoe: {error}", err=True)
+        sys.exit(USER_ERROR)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,21 @@ def _pick_template(template: str | dict[str, str]) -> str:
             f'The tokenizer has several chat templates, {sorted(template)}, and none of them is named "default". '
             "Pass the one to use as chat_template."
         )
+    if others := sorted(set(template) - {"default"}):
+        logger.warning("Of the tokenizer's named chat templates only the default is kept, not %s.", ", ".join(others))
     return template["default"]
+
+
+def _check_own_id(tokenizer: Any, image_token: str) -> None:
+    """A vocabulary with holes makes the tokenizers library (0.22) give a new token an id that is taken."""
+    image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+    others = [token for token, id in tokenizer.get_vocab().items() if id == image_token_id and token != image_token]
+    if others or tokenizer.convert_ids_to_tokens(image_token_id) != image_token:
+        raise ValueError(
+            f"The image token {image_token!r} got the id {image_token_id}, which is that of {others} too: the "
+            "tokenizer's vocabulary has holes. Give every id below its largest a token, or name an unused token of "
+            "the vocabulary as image_token."
+        )
 
 
 class VLMoEProcessor(ProcessorMixin):
@@ -154,7 +168,7 @@ class VLMoEProcessor(ProcessorMixin):
         The processor holds a copy of the tokenizer with up to three changes: the image token as a special token if
         there was none (so `len(processor.tokenizer)` tells whether the embedding has to grow), the EOS token as pad
         token if there was none (a warning says so), and the chat template with image parts and generation marks (see
-        chat_templates.py). Of several named templates the one called "default" is taken.
+        chat_templates.py). Of several named templates the one called "default" is taken (a warning names the others).
 
         Args:
             image_processor: the ViT's.
@@ -167,6 +181,7 @@ class VLMoEProcessor(ProcessorMixin):
         image_token = getattr(tokenizer, "image_token", None) or image_token
         if image_token not in tokenizer.all_special_tokens:
             tokenizer.add_special_tokens({"extra_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+        _check_own_id(tokenizer, image_token)
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise ValueError("The tokenizer has neither a pad nor an EOS token. Set tokenizer.pad_token.")

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
-from modeling_vlmoe import VLMoEForConditionalGeneration
+from modeling_vlmoe.configuration_vlmoe import PARTS
 from modeling_vlmoe.conversion import UpcycleArguments, upcycle
 from modeling_vlmoe.conversion.receipt import RECEIPT_NAME
-from modeling_vlmoe.mlp_layouts import find_layout
 
 from ..arguments import parse_settings, read_recipe
 from ..data import load_chat_data
@@ -71,36 +70,29 @@ def make_data(root: Path, settings: DemoSettings) -> dict[str, Any]:
 
 def make_upcycled(root: Path, settings: DemoSettings) -> dict[str, Any]:
     """The dense parents become a sparse model, proved equal on the written files."""
-    folder = upcycle(
-        UpcycleArguments(
-            text_model=str(root / TEXT_PARENT),
-            vision_model=str(root / VISION_PARENT),
-            output_dir=str(root / "sparse/start"),
-            text_experts=settings.text_experts,
-            vision_experts=settings.vision_experts,
-            connector_experts=settings.connector_experts,
-            seed=settings.seed,
-        )
-    )
+    experts = {f"{part}_experts": getattr(settings, f"{part}_experts") for part in PARTS}
+    folder = upcycle_parents(root, "sparse/start", settings, **experts)
     receipt = json.loads((folder / RECEIPT_NAME).read_text(encoding="utf-8"))
-    make_dense_start(root, folder)
+    make_dense_start(root, settings)
     return {"proof": receipt["proof"], "parameters": receipt["parameters"]}
 
 
-def make_dense_start(root: Path, sparse_folder: Path) -> None:
+def make_dense_start(root: Path, settings: DemoSettings) -> None:
     """The control: the same parents with the same connector, and no experts."""
-    sparse, processor = load_model(sparse_folder)
-    dense = VLMoEForConditionalGeneration.from_vision_text_pretrained(
-        str(root / VISION_PARENT), str(root / TEXT_PARENT), image_token_id=processor.image_token_id
+    upcycle_parents(root, "dense/start", settings, dense=True)
+
+
+def upcycle_parents(root: Path, output: str, settings: DemoSettings, **options: Any) -> Path:
+    """A vision-language model of the demo's two parents."""
+    return upcycle(
+        UpcycleArguments(
+            text_model=str(root / TEXT_PARENT),
+            vision_model=str(root / VISION_PARENT),
+            output_dir=str(root / output),
+            seed=settings.seed,
+            **options,
+        )
     )
-    dense.resize_token_embeddings(sparse.config.text_config.vocab_size)
-    connector, experts = dense.model.connector.mlp, sparse.model.connector.mlp.experts
-    sources = find_layout(connector, "connector.mlp").expert_sources(is_biased=True)
-    with torch.no_grad():
-        for name, (source,) in sources.items():
-            connector.get_parameter(source).copy_(experts.get_parameter(name)[0])  # all experts are copies of one
-    dense.save_pretrained(root / "dense/start")
-    processor.save_pretrained(root / "dense/start")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 import pytest
 
-from modeling_vlmoe.conversion.arguments import UpcycleArguments, parse_layers, read_recipe
+from modeling_vlmoe.conversion.arguments import UpcycleArguments, parse_layers
+from modeling_vlmoe.recipe_files import read_recipe
 
 
 @pytest.mark.parametrize(
@@ -11,7 +12,7 @@ def test_layers_are_read(given, layers):
     assert parse_layers(given, "text_layers") == layers
 
 
-@pytest.mark.parametrize("given", ["", "a", "-1", "1,,2", "3-"])
+@pytest.mark.parametrize("given", ["", "a", "-1", "1,,2", "3-", "5-2", "²", "0-400000000", "9" * 5000])
 def test_raises_when_layers_cannot_be_read(given):
     with pytest.raises(ValueError, match=r"text_layers is .*expected layers counted from 0"):
         UpcycleArguments(text_layers=given)
@@ -22,6 +23,12 @@ def test_raises_when_a_key_is_unknown():
         UpcycleArguments.from_dict({"tekst_model": "x", "num_experts": 3}, "r.yaml")
 
 
+@pytest.mark.parametrize("layer", [-2, [-2, -1], None])
+def test_feature_layers_are_read(layer):
+    values = {"vision_feature_layer": layer}
+    assert UpcycleArguments.from_dict(values, "r.yaml").vision_feature_layer == layer
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -29,6 +36,7 @@ def test_raises_when_a_key_is_unknown():
         ({"force": 1}, "yes or no"),
         ({"text_model": 3}, "str"),
         ({"text_experts": True}, "int"),
+        ({"vision_feature_layer": [-2, "a"]}, "int"),
         ({"seed": None}, "int"),
     ],
 )

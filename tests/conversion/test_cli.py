@@ -1,5 +1,6 @@
 """The command as a user runs it."""
 
+import json
 import subprocess
 import sys
 import time
@@ -50,20 +51,53 @@ def test_upcycle_from_a_recipe_and_flags(parents, tmp_path):
     assert '"seed": 3' in receipt
 
 
-def test_a_dry_run_prints_and_writes_nothing(parents, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_that_ends_it_leaves_nothing(tmp_path, name):
+    code = (
+        "import os, signal, time, pathlib\n"
+        "from modeling_vlmoe import cli\n"
+        "from modeling_vlmoe.conversion.output_folder import whole_or_nothing\n"
+        "def work():\n"
+        f"    with whole_or_nothing(pathlib.Path({str(tmp_path / 'out')!r})):\n"
+        f"        os.kill(os.getpid(), signal.{name})\n"
+        "        time.sleep(5)\n"
+        "cli.app = work\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "KeyboardInterrupt" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_prints_and_needs_no_output_folder(parents):
     done = vlmoe(
         "upcycle",
         "--text-model",
         parents / "llama",
         "--vision-model",
         parents / "clip",
-        "--output-dir",
-        tmp_path / "out",
         "--dry-run",
     )
     assert done.returncode == 0, done.stderr
     assert "active per token" in done.stdout
-    assert not (tmp_path / "out").exists()
+
+
+def test_a_dense_model_is_made(parents, tmp_path):
+    done = vlmoe(
+        "upcycle",
+        "--text-model",
+        parents / "llama",
+        "--vision-model",
+        parents / "clip",
+        "--dense",
+        "--output-dir",
+        tmp_path / "out",
+    )
+    assert done.returncode == 0, done.stderr
+    receipt = json.loads((tmp_path / "out" / "upcycle_receipt.json").read_text())
+    assert [receipt["settings"][f"{part}_moe"] for part in ("text", "vision", "connector")] == [None] * 3
+    assert "router" not in receipt["mapping"]["targets"]
+    assert receipt["proof"]["largest_gap"] <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from modeling_vlmoe import mlp_layouts
 from modeling_vlmoe.conversion import UpcycleArguments, upcycle
 from modeling_vlmoe.conversion.planning import plan_upcycle
 from tests import tiny
@@ -120,10 +120,118 @@ def test_raises_when_the_vit_is_an_llm(refuses, parents):
     refuses("is a llama model, which is not a ViT", vision_model=parents / "llama")
 
 
-def test_raises_when_the_vit_has_no_known_mlp(refuses, monkeypatch):
-    gated = tuple(layout for layout in mlp_layouts.LAYOUTS if layout.is_gated)
-    monkeypatch.setattr(mlp_layouts, "LAYOUTS", gated)
-    refuses(r"SiglipVisionModel: encoder.layers.1 has no MLP that matches.*'fc1', 'fc2'", vision_experts=4)
+@pytest.mark.parametrize("family", tiny.TEXT_FAMILIES)
+def test_raises_when_the_llm_has_no_vocabulary(refuses, copied, family):
+    text = copied(family)
+    (text / "tokenizer.json").unlink()
+    refuses("has no tokenizer: expected a vocabulary file", text_model=text)
+    (text / "tokenizer_config.json").unlink()
+    refuses("has no tokenizer: expected a vocabulary file", text_model=text)
+
+
+@pytest.mark.parametrize("family", tiny.TEXT_FAMILIES)
+def test_raises_when_the_image_token_gets_the_id_of_a_word(refuses, copied, family):
+    text = copied(family)
+    content = json.loads((text / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] += 1  # a hole below it
+    (text / "tokenizer.json").write_text(json.dumps(content))
+    refuses("'<image>' got the id 295, which is that of .'Ġcolour'. too", text_model=text)
+
+
+def test_embedding_rows_reach_the_largest_id_of_a_vocabulary_with_holes(tmp_path, arguments):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<image>"])
+    text = tiny.save_text_parent(tmp_path / "text", "llama", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(text)
+    content = json.loads((text / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 400
+    (text / "tokenizer.json").write_text(json.dumps(content))
+    plan = plan_upcycle(arguments(text_model=text))
+    assert plan.config.text_config.vocab_size == 401
+
+
+@pytest.mark.parametrize(
+    ("parent", "name", "auto_class"),
+    [
+        ("llama", "config.json", "AutoConfig"),
+        ("llama", "tokenizer_config.json", "AutoTokenizer"),
+        ("siglip", "preprocessor_config.json", "AutoImageProcessor"),
+    ],
+)
+def test_a_parents_own_code_is_neither_run_nor_asked_for(arguments, copied, monkeypatch, parent, name, auto_class):
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked whether to trust"))
+    folder = copied(parent)
+    value = "own.Own" if name != "tokenizer_config.json" else ["own.Own", "own.Own"]
+    edit_json(folder / name, auto_map={auto_class: value, "AutoModelForCausalLM": "own.Own", "AutoModel": "own.Own"})
+    (folder / "own.py").write_text("raise SystemExit('run')")
+    plan = plan_upcycle(arguments(**{"text_model" if parent == "llama" else "vision_model": folder}))
+    assert "own.Own" not in str(plan.config.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("parent", "values"),
+    [
+        ("llama", {"hidden_size": "a"}),
+        ("llama", {"hidden_size": None}),
+        ("llama", {"hidden_act": "no_such_act"}),
+        ("llama", {"rope_parameters": {"rope_type": "no_such_rope", "rope_theta": 1e4}}),
+        ("llama", {"num_attention_heads": 0}),
+        ("siglip", {"patch_size": 0}),
+        ("siglip", {"hidden_act": "no_such_act"}),
+        ("clip", {"hidden_size": -1}),
+    ],
+    ids=str,
+)
+def test_raises_when_the_config_describes_no_model(refuses, copied, parent, values):
+    folder = copied(parent)
+    edit_json(folder / "config.json", **values)
+    refuses(f"{folder}/config.json ", **{"text_model" if parent == "llama" else "vision_model": folder})
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(("content", "message"), [("null", "expected a JSON object"), ("{", "is not valid JSON")])
+def test_raises_when_a_file_is_no_json_object(refuses, copied, name, content, message):
+    text = copied("llama")
+    (text / name).write_text(content)
+    refuses(f"{text}/{name} .*{message}", text_model=text)
+
+
+def test_raises_when_generation_settings_cannot_be_used(refuses, copied):
+    text = copied("llama")
+    edit_json(text / "generation_config.json", max_new_tokens=-5)
+    refuses("generation_config.json cannot be used", text_model=text)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"size": {"height": 16, "width": 16}}, {"do_resize": False}, {"size": {"no": 3}}, {"image_mean": [0.5]}],
+    ids=str,
+)
+@pytest.mark.parametrize("family", tiny.VISION_FAMILIES)
+def test_raises_when_the_image_processor_is_not_the_vits(refuses, copied, family, values):
+    vision = copied(family)
+    crop = {"do_center_crop": False} if family == "clip" else {}
+    edit_json(vision / "preprocessor_config.json", **crop, **values)
+    refuses(
+        f"The image processor of {vision} |{vision} has no image processor that can be loaded", vision_model=vision
+    )
+
+
+def test_a_chat_template_that_is_left_out_is_named(arguments, copied, caplog):
+    text = copied("llama")
+    (text / "additional_chat_templates").mkdir()
+    (text / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    plan_upcycle(arguments(text_model=text))
+    assert "only the default is kept, not tool_use" in caplog.text
+
+
+def test_raises_when_the_vit_has_no_known_mlp(refuses, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vit")
+    AutoModel.from_config(AutoConfig.for_model("data2vec-vision", **tiny.VISION_FIELDS)).save_pretrained(folder)
+    tiny.image_processor("siglip").save_pretrained(folder)
+    refuses(r"Data2VecVisionModel: encoder.layer.1 has no MLP that matches", vision_model=folder, vision_experts=4)
 
 
 def test_raises_when_a_tower_has_no_list_of_layers(refuses, tmp_path_factory):
@@ -206,6 +314,8 @@ def test_raises_when_a_whole_checkpoint_holds_what_is_not_its_own(refuses, tmp_p
         ({"vision_model": None}, "Give --text-model and --vision-model, or --vlm-model alone; given: --text-model"),
         ({"vlm_model": "a/b"}, "or --vlm-model alone"),
         ({"output_dir": None}, "Give --output-dir"),
+        ({"dense": True, "text_experts": 4}, "--dense gives no part experts, but --text-experts is given"),
+        ({"dense": True, "vision_layers": "1"}, "--vision-layers is given, but this part stays dense"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -223,6 +333,43 @@ def test_raises_when_a_part_of_the_vlm_parent_is_already_sparse(refuses, upcycle
     refuses(r"its text part is already sparse \(8 experts\)", text_model=None, vision_model=None, vlm_model=upcycled)
 
 
+@pytest.fixture(scope="session")
+def dense_vlm(parents, tmp_path_factory):
+    """A dense Llama + SigLIP vlmoe model, to be read only."""
+    out = tmp_path_factory.mktemp("dense") / "model"
+    given = {"text_model": str(parents / "llama"), "vision_model": str(parents / "siglip")}
+    return upcycle(UpcycleArguments(**given, output_dir=str(out), dense=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [
+        (
+            "processor_config.json",
+            lambda values: values.update(num_image_tokens=7),
+            "has num_image_tokens 7, but its ViT makes 9",
+        ),
+        (
+            "processor_config.json",
+            lambda values: values["image_processor"].update(size={"height": 16, "width": 16}),
+            r"makes pixel values \(1, 3, 16, 16\) of a picture, but the ViT was built for images of 24",
+        ),
+        (
+            "config.json",
+            lambda values: values.update(image_token_id=5),
+            "has image_token_id 5, but its tokenizer's <image> is 295",
+        ),
+    ],
+    ids=["features", "size", "token"],
+)
+def test_raises_when_a_vlm_parent_contradicts_itself(refuses, dense_vlm, tmp_path_factory, name, edit, message):
+    folder = Path(shutil.copytree(dense_vlm, tmp_path_factory.mktemp("vlm") / "model"))
+    values = json.loads((folder / name).read_text())
+    edit(values)
+    (folder / name).write_text(json.dumps(values))
+    refuses(message, text_model=None, vision_model=None, vlm_model=folder)
+
+
 def test_raises_when_a_vlmoe_model_is_given_as_llm(refuses, upcycled):
     refuses("is a vlmoe model; a dense one is given as --vlm-model", text_model=upcycled)
 
@@ -232,6 +379,17 @@ def test_raises_when_the_output_would_overwrite_a_parent(arguments, copied):
     with pytest.raises(ValueError, match=r"would be overwritten"):
         upcycle(arguments(text_model=text, output_dir=text, force=True))
     assert AutoModelForCausalLM.from_pretrained(text)
+
+
+def test_raises_when_a_parents_weights_are_links_into_the_output(arguments, copied, tmp_path):
+    text = copied("llama")
+    out = Path(shutil.move(text, tmp_path / "out"))
+    text.mkdir()
+    for file in out.iterdir():
+        (text / file.name).symlink_to(file)
+    with pytest.raises(ValueError, match=r"is or holds the parent .*, which would be overwritten"):
+        upcycle(arguments(text_model=text, output_dir=out, force=True))
+    assert AutoModelForCausalLM.from_pretrained(out)
 
 
 def test_a_parent_in_the_hub_cache_is_found_offline_with_its_commit(parents, tmp_path, monkeypatch):

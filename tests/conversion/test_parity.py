@@ -155,6 +155,18 @@ def test_a_dense_vlmoe_model_is_a_parent_too(tmp_path, arguments):
     assert gap(again(**inputs).logits, dense(**inputs).logits) <= LIMIT
 
 
+def test_dense_then_sparse_is_sparse_at_once(tmp_path, arguments):
+    size = len(tiny.tokenizer())
+    text = tiny.save_text_parent(tmp_path / "text", "llama", torch.bfloat16, vocab_size=size)  # one row is new
+    options = {"text_model": text, "vision_feature_layer": [-2, -1]}
+    dense = upcycle(arguments(output_dir=tmp_path / "dense", dense=True, **options))
+    assert sparse_blocks(load(dense)) == []
+    again = upcycle(UpcycleArguments(vlm_model=str(dense), output_dir=str(tmp_path / "again"), **ALL_SPARSE))
+    at_once = upcycle(arguments(**options, **ALL_SPARSE))
+    got, wanted = (load_file(folder / "model.safetensors") for folder in (again, at_once))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
 def save_dense_vlm(model, tmp_path):
     """A wholly dense vlmoe model with a connector of its own, as tuning would leave it."""
     from transformers import AutoProcessor

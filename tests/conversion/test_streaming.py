@@ -73,6 +73,7 @@ def test_a_cast_happens_in_blocks(monkeypatch):
     tensor = torch.randn(100, 8)
     blocks = list(cast_blocks(tensor, torch.bfloat16))
     assert torch.equal(torch.cat(blocks), tensor.bfloat16())
+    assert len(blocks) == tensor.nbytes / 64
 
 
 def test_reading_a_tensor_takes_no_private_memory(tmp_path):

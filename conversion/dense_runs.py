@@ -1,0 +1,124 @@
+"""The dense parents as the proof runs them: each in its own class, mapped from its own files.
+
+A run may be nudged (the input moved by its last bit), and a parent may be rounded to the dtype that is written or
+taken as it is stored.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
+
+from .dense_tensors import dense_model
+from .gaps import nudge
+from .mapped_maths import mapped_maths
+from .mapping import PART_PREFIX
+from .meta_models import build_on_meta, fill_mapped
+from .planning import UpcyclePlan
+from .probes import hooked
+
+
+@dataclass
+class DenseRun:
+    """A dense model that is ready to run.
+
+    Attributes:
+        roots: The dense modules by part; a part's MLPs have their paths in it.
+        dtype: What weights are rounded to; None leaves them as they are stored.
+        results: Runs the model, on nudged input where a generator is given, and gives results by what they are.
+    """
+
+    roots: dict[str, nn.Module]
+    dtype: torch.dtype | None
+    results: Callable[[torch.Generator | None], dict[str, Tensor]]
+
+    def __call__(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Runs in float32."""
+        with mapped_maths(self.dtype):
+            return self.results(generator)
+
+
+def parent_of(plan: UpcyclePlan, part: str) -> str:
+    """The role of the parent that a part comes from."""
+    return part if part in plan.dense else "vlm"
+
+
+def reference_model(plan: UpcyclePlan, role: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A dense parent in its own class, mapped from its files."""
+    tensors = plan.dense[role]
+    return fill_mapped(dense_model(tensors.parent), tensors.tensor, dtype)
+
+
+def dense_connector(plan: UpcyclePlan, dtype: torch.dtype | None) -> nn.Module:
+    """The dense connector, of the dense vlmoe parent or drawn."""
+    model = build_on_meta(lambda: VLMoEForConditionalGeneration(copy.deepcopy(plan.dense_config)))
+    prefix = PART_PREFIX["connector"]
+    return fill_mapped(model.model.connector, lambda name: plan.dense_tensors[prefix + name].read(), dtype)
+
+
+def dense_text(plan: UpcyclePlan, tokens: Tensor, dtype: torch.dtype | None) -> DenseRun:
+    """The LLM on token ids, (1, sequence): its logits."""
+    role = parent_of(plan, "text")
+    reference = reference_model(plan, role, dtype)
+    root: Any = reference.base_model if role == "text" else reference.model.language_model
+
+    def results(generator: torch.Generator | None) -> dict[str, Tensor]:
+        def change(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            return output if generator is None else nudge(output, generator)
+
+        with hooked(root.get_input_embeddings().register_forward_hook(change)):
+            return {"text logits": reference(input_ids=tokens, use_cache=False).logits}
+
+    return DenseRun({"text": root}, dtype, results)
+
+
+def feature_layers(config: VLMoEConfig) -> list[int]:
+    """The hidden states of the ViT that the connector reads."""
+    chosen = config.vision_feature_layer
+    return [chosen] if isinstance(chosen, int) else list(chosen)
+
+
+def image_results(
+    tower: nn.Module, connector: Any, pixels: Tensor, config: VLMoEConfig, layers: list[int]
+) -> dict[str, Tensor]:
+    """What ViT and connector make of pixel values, by what it is.
+
+    The model's own `get_image_features` would cast features to the dtype that the connector's weights are mapped in.
+
+    Args:
+        tower: The ViT.
+        connector: The connector.
+        pixels: (1, channels, height, width).
+        config: Says what the connector reads.
+        layers: The hidden states to give.
+    """
+    outputs = tower(pixel_values=pixels, output_hidden_states=True)
+    found = {f"vision hidden state {layer}": outputs.hidden_states[layer] for layer in layers}
+    found["vision last hidden state"] = outputs.last_hidden_state
+    if outputs.get("pooler_output") is not None:
+        found["vision pooled output"] = outputs.pooler_output
+    first = 1 if config.vision_feature_select_strategy == "default" else 0
+    read = [outputs.hidden_states[layer][:, first:] for layer in feature_layers(config)]
+    found["image features"] = connector.mlp(torch.cat(read, dim=-1))
+    return found
+
+
+def dense_images(plan: UpcyclePlan, pixels: Tensor, dtype: torch.dtype | None) -> DenseRun:
+    """ViT and connector on pixel values: what the ViT gives, and the image features."""
+    role = parent_of(plan, "vision")
+    reference = reference_model(plan, role, dtype)
+    tower = reference if role == "vision" else reference.model.vision_tower
+    connector: Any = dense_connector(plan, dtype)
+    layers = feature_layers(plan.config)
+
+    def results(generator: torch.Generator | None) -> dict[str, Tensor]:
+        given = pixels if generator is None else nudge(pixels, generator)
+        return image_results(tower, connector, given, plan.config, layers)
+
+    return DenseRun({"vision": tower, "connector": connector}, dtype, results)
