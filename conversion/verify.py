@@ -33,8 +33,8 @@ from .seeding import tensor_generator
 from .streaming import CheckpointReader
 from .written_checkpoint import check_weights, expert_pages, open_model, process_picture
 
-NUM_TOKENS = 16
-NUM_SEEN = 8  # image features that the LLM reads: its cost is not to grow with the picture's tokens
+NUM_TOKENS = 32
+NUM_SEEN = 16  # image features that the LLM reads: its cost is not to grow with the picture's tokens
 
 __all__ = ["LIMIT", "ProofError", "prove"]
 
