@@ -15,6 +15,7 @@ os.environ |= {
     "TRACKIO_DIR": os.path.join(_CACHE, "trackio"),
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",  # sums do not depend on the machine, and processes that are compared add up alike
 }
 
 import logging
@@ -36,6 +37,7 @@ def _caches():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
 
 

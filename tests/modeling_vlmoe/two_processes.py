@@ -42,7 +42,10 @@ def main(mode: str, folder: str) -> None:
     inputs["labels"] = inputs["input_ids"]
     for step in range(2):
         found, wanted = split(**inputs), alone(**inputs)
-        assert gap(whole(found.logits), wanted.logits) <= 1e-5, (mode, step, gap(whole(found.logits), wanted.logits))
+        limit = (
+            1e-5 if step == 0 else 1e-4
+        )  # a step carries the rounding of two unlike orders of summation into the weights
+        assert gap(whole(found.logits), wanted.logits) <= limit, (mode, step, gap(whole(found.logits), wanted.logits))
         assert abs(found.loss - wanted.loss) <= 1e-5
         found.loss.backward()
         wanted.loss.backward()
