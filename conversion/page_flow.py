@@ -19,15 +19,16 @@ IS_SUPPORTED = hasattr(os, "posix_fadvise") and hasattr(mmap, "MADV_DONTNEED")
 
 @dataclass(frozen=True)
 class MappedSpan:
-    """A mapped tensor and its file; it holds the tensor, so that the memory stays mapped."""
+    """A mapped tensor and its place in its file; it holds the tensor, so that the memory stays mapped."""
 
     tensor: Tensor
     file: Path
+    offset: int
 
     def let_go(self) -> None:
         """Gives the pages back; reading the tensor again reads the file again.
 
-        The advice is for the whole file: the kernel keeps the pages that are still mapped, those of other tensors.
+        Advice for the whole file would drop what the kernel has read ahead for the next tensor.
         """
         if not IS_SUPPORTED:
             return
@@ -36,7 +37,7 @@ class MappedSpan:
         size = ctypes.c_size_t(address + length - start)
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, mmap.MADV_DONTNEED)
         with self.file.open("rb") as handle:
-            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(handle.fileno(), self.offset, length, os.POSIX_FADV_DONTNEED)
 
 
 class PageFlow:

@@ -130,7 +130,11 @@ class CheckpointReader:
 
     def span(self, name: str) -> MappedSpan:
         """Where a tensor is, so that its pages can be let go of."""
-        return MappedSpan(self.tensor(name), self._file[name])
+        file = self._file[name]
+        with file.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            begin = json.loads(raw.read(length))[name]["data_offsets"][0]
+        return MappedSpan(self.tensor(name), file, 8 + length + begin)
 
 
 def row_blocks(tensor: Tensor) -> Iterator[Tensor]:
