@@ -98,7 +98,7 @@ def prepare_upcycle(folder: Path, output: Path, is_proved: bool = True):
         from modeling_vlmoe.conversion.gaps import Findings, Gap
         from modeling_vlmoe.conversion.upcycle import upcycle as function
 
-        function.__globals__["prove"] = lambda plan, folder: Findings({"none": Gap(0.0)})
+        function.__globals__["prove"] = lambda *args, **kwargs: Findings({"none": Gap(0.0)})
     return lambda: run(
         UpcycleArguments(
             text_model=str(folder / "text"),

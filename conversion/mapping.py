@@ -11,6 +11,7 @@ It is data: a list of `Assignment`s, which is printed by `--dry-run`, written by
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice, zip_longest
 from math import prod
 from typing import Protocol
 
@@ -144,6 +145,17 @@ OPERATIONS: dict[str, Callable[[Assignment, Drawing], Iterator[Tensor]]] = {
 }
 
 
+def is_one_memory(blocks: Iterator[Tensor], length: int, times: int) -> bool:
+    """Whether blocks are the same `length` pieces of memory, given `times` times."""
+    first = list(islice(blocks, length))  # held, so that no later block can be made in its place
+
+    def place(block: Tensor) -> tuple:
+        return block.data_ptr(), block.dtype, block.shape, block.stride()
+
+    wanted = [place(block) for block in first] * (times - 1)
+    return all(block is not None and place(block) == one for block, one in zip_longest(blocks, wanted))
+
+
 @dataclass
 class Mapping:
     """All assignments, in the order of the sparse model, and what is dropped.
@@ -176,6 +188,17 @@ class Mapping:
         """What the writer asks for the blocks of a target."""
         by_name = {assignment.spec.name: assignment for assignment in self.assignments}
         return lambda name: OPERATIONS[by_name[name].operation](by_name[name], drawing)
+
+    def repeated(self, drawing: Drawing) -> set[str]:
+        """The stacks of experts of which every expert is given as the same memory: to read one is to read all.
+
+        A cast makes new memory, so cast stacks are not among them.
+        """
+        blocks = self.blocks(drawing)
+        stacks = [assignment for assignment in self.assignments if assignment.operation == "experts"]
+        return {
+            one.spec.name for one in stacks if is_one_memory(blocks(one.spec.name), len(one.dense), one.num_experts)
+        }
 
 
 @dataclass(frozen=True)

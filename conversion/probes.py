@@ -21,7 +21,7 @@ from .seeding import tensor_generator
 
 FEWEST_ROWS, ROWS_PER_EXPERT = 16, 2
 CANDIDATES, MOST_CANDIDATES = 256, 2**14
-KEPT_ROWS = 32  # of what the MLP is really given
+KEPT_ROWS = 8  # of what the MLP is really given
 GIVEN = "what it is given"
 
 

@@ -1,53 +1,65 @@
 """A file that is hashed and brought to the disk while it is written, each by a thread of its own.
 
-Its pages leave the page cache as soon as they are on the disk. The cache then stays small and is used again and again:
-others keep theirs, and fresh memory, which a virtual machine may have to fetch from its host, is not waited for
-(measured on one: 2.5 GB/s against 0.4 GB/s). And what is read back to be proved is what the disk holds.
+It goes past the page cache, where the system can do so: others keep their pages, and fresh memory, which a virtual
+machine may have to fetch from its host, is not waited for (measured on one: 1.5 GB/s against 0.5 GB/s, for a third of
+the CPU time). And what is read back to be proved is what the disk holds.
 """
 
+import errno
 import hashlib
+import mmap
 import os
-import queue
-import threading
-from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-PIECE_BYTES = 64 * 2**20  # what one write call is given, and what the hashing thread gets to see at once
-SETTLED_BYTES = 128 * 2**20  # how much is brought to the disk at once
+BUFFER_BYTES = 16 * 2**20
+NUM_BUFFERS = 4
+BLOCK_BYTES = 4096  # what length, offset and memory of a direct write must be multiples of
 
 
-class Worker:
-    """A thread that is given work in order; what goes wrong in it is raised where work is given or finished."""
+def open_new(path: Path) -> int:
+    """Opens a file to be written, directly where its filesystem takes a direct write; returns its descriptor.
 
-    def __init__(self, run: Callable[[Any], None], most_waiting: int):
-        self._run = run
-        self._work: queue.Queue[Any] = queue.Queue(maxsize=most_waiting)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._loop, daemon=True)
-        self._thread.start()
+    Raises:
+        OSError: as `os.open`.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+    if direct := getattr(os, "O_DIRECT", 0):
+        descriptor = -1
+        try:
+            descriptor = os.open(path, flags | direct, 0o666)
+            os.write(descriptor, mmap.mmap(-1, BLOCK_BYTES))
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            return descriptor
+        except OSError as error:
+            if descriptor >= 0:
+                os.close(descriptor)
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+    return os.open(path, flags, 0o666)
 
-    def _loop(self) -> None:
-        while (item := self._work.get()) is not None:
-            if self._error is None:
-                try:
-                    self._run(item)
-                except BaseException as error:
-                    self._error = error
 
-    def give(self, item: Any) -> None:
-        """Hands over one piece of work; waits while too much is waiting."""
-        self._work.put(item)
-        if self._error is not None:
-            raise self._error
+class Buffer:
+    """Memory that is filled, then written and hashed, then filled again."""
 
-    def finish(self) -> None:
-        """Waits until all is done."""
-        self._work.put(None)
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
+    def __init__(self) -> None:
+        self.memory = memoryview(mmap.mmap(-1, BUFFER_BYTES))
+        self.filled = 0
+        self.work: list[Future] = []
+
+    def fill(self, data: memoryview) -> memoryview:
+        """Takes as much as there is room for; gives the rest."""
+        size = min(len(data), BUFFER_BYTES - self.filled)
+        self.memory[self.filled : self.filled + size] = data[:size]
+        self.filled += size
+        return data[size:]
+
+    def wait(self) -> None:
+        """Waits until it may be filled again; raises what went wrong."""
+        for future in self.work:
+            future.result()
+        self.filled, self.work = 0, []
 
 
 class WrittenFile:
@@ -55,51 +67,62 @@ class WrittenFile:
 
     Args:
         path: Where it is made.
+
+    Raises:
+        OSError: when it cannot be made; later, when it cannot be written.
     """
 
     def __init__(self, path: Path):
-        self._file = path.open("wb", buffering=0)
+        self._descriptor = open_new(path)
         self._hash = hashlib.sha256()
-        self._hasher = Worker(self._hash.update, most_waiting=8)
-        self._settler = Worker(self._settle, most_waiting=1)
-        self._end = self._given_to_settle = 0
-
-    def _settle(self, span: tuple[int, int]) -> None:
-        """Brings what is written to the disk and lets go of its pages."""
-        os.fsync(self._file.fileno())
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), *span, os.POSIX_FADV_DONTNEED)
+        self._threads = [ThreadPoolExecutor(max_workers=1) for _ in range(2)]
+        self._buffers = [Buffer() for _ in range(NUM_BUFFERS)]
+        self._size = 0
+        self._is_open = True
 
     def write(self, data: bytes | memoryview) -> int:
-        """Writes all of `data`, which must not change until the file is closed; returns how many bytes that were."""
+        """Writes all of `data`; returns how many bytes that were."""
         view = memoryview(data)
-        for start in range(0, len(view), PIECE_BYTES):
-            piece = view[start : start + PIECE_BYTES]
-            self._hasher.give(piece)
-            self._end += len(piece)
-            while piece:
-                piece = piece[self._file.write(piece) :]
-            if self._end - self._given_to_settle >= SETTLED_BYTES:
-                self._give_to_settle()
-        return len(view)
+        while view:
+            view = self._buffers[0].fill(view)
+            if self._buffers[0].filled == BUFFER_BYTES:
+                self._hand_over()
+        return len(data)
 
-    def _give_to_settle(self) -> None:
-        self._settler.give((self._given_to_settle, self._end - self._given_to_settle))
-        self._given_to_settle = self._end
+    def _hand_over(self) -> None:
+        """Has the current buffer hashed and written, and goes on to the one that was handed over longest ago."""
+        buffer = self._buffers.pop(0)
+        hasher, writer = self._threads
+        filled = buffer.memory[: buffer.filled]
+        whole_blocks = buffer.memory[: -(-buffer.filled // BLOCK_BYTES) * BLOCK_BYTES]
+        buffer.work = [hasher.submit(self._hash.update, filled), writer.submit(self._write_out, whole_blocks)]
+        self._size += buffer.filled
+        self._buffers.append(buffer)
+        self._buffers[0].wait()
+
+    def _write_out(self, data: memoryview) -> None:
+        while data:
+            data = data[os.write(self._descriptor, data) :]
 
     def close(self) -> str:
         """Closes the file when all of it is on the disk; returns its sha256."""
         with ExitStack() as last_things:
-            for finish in (self._file.close, self._settler.finish, self._hasher.finish):
-                last_things.callback(finish)
-            self._give_to_settle()
+            last_things.callback(os.close, self._descriptor)
+            for thread in self._threads:
+                last_things.callback(thread.shutdown)
+            self._is_open = False
+            self._hand_over()
+            for buffer in self._buffers:
+                buffer.wait()
+            os.ftruncate(self._descriptor, self._size)  # the last block was written whole
+            os.fsync(self._descriptor)
         return self._hash.hexdigest()
 
     def __enter__(self) -> "WrittenFile":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if self._file.closed:
+        if not self._is_open:
             return
         try:
             self.close()

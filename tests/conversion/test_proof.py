@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from modeling_vlmoe.conversion.expert_init import EXPERT_INITS
 from modeling_vlmoe.conversion.gaps import FLOOR_FACTOR, LIMIT, Findings, measure_gap
 from modeling_vlmoe.conversion.planning import plan_upcycle
 from modeling_vlmoe.conversion.probes import FEWEST_ROWS, ROWS_PER_EXPERT, probe_rows
+from modeling_vlmoe.conversion.streaming import CheckpointReader, write_checkpoint
+from modeling_vlmoe.conversion.upcycle import write_companions
 from modeling_vlmoe.conversion.verify import prove
 from modeling_vlmoe.sparse_moe import Router
 from tests import tiny
@@ -172,6 +175,60 @@ def test_raises_when_what_is_written_is_a_mutant(plan, written, name):
         prove(plan, written)
 
 
+@pytest.mark.parametrize("reads_all", [True, False])
+@pytest.mark.parametrize("change", [lambda stack: stack.roll(1, 1), lambda stack: stack * 1.5])
+@pytest.mark.parametrize("expert", [0, -1])
+def test_raises_when_one_expert_is_another(plan, written, reads_all, change, expert):
+    tensors = load_file(written / "model.safetensors")
+    stack = tensors[f"{TEXT}.experts.down_proj"]
+    stack[expert] = change(stack)[expert]
+    save_file(tensors, written / "model.safetensors")
+    with pytest.raises(ProofError, match=rf"{TEXT}.experts.down_proj was not written as it was to be \(experts\)"):
+        prove(plan, written, reads_all)
+
+
+def swap_sources(one, plan):
+    return replace(one, dense=one.dense[::-1])
+
+
+def take_another_layer(one, plan):
+    wanted = one.spec.name.replace("layers.1", "layers.2")
+    return replace(one, dense=next(other.dense for other in plan.mapping.assignments if other.spec.name == wanted))
+
+
+@pytest.mark.parametrize("reads_all", [True, False])
+@pytest.mark.parametrize("change", [swap_sources, take_another_layer])
+def test_raises_when_the_mapping_is_wrong(arguments, tmp_path, reads_all, change):
+    plan = plan_upcycle(arguments(text_experts=4))
+    index = next(
+        i for i, one in enumerate(plan.mapping.assignments) if one.spec.name == f"{TEXT}.experts.gate_up_proj"
+    )
+    plan.mapping.assignments[index] = change(plan.mapping.assignments[index], plan)
+    write_checkpoint(tmp_path, plan.mapping.specs, plan.mapping.blocks(plan.drawing))
+    write_companions(plan, tmp_path)
+    with pytest.raises(ProofError, match=rf"{TEXT} on random input differs by"):
+        prove(plan, tmp_path, reads_all)
+
+
+def test_what_is_read_in_part_is_judged_as_what_is_read_whole(plan, upcycled):
+    whole, part = prove(plan, upcycled), prove(plan, upcycled, reads_all=False)
+    assert whole == part
+    stacks = {name for name in CheckpointReader(upcycled).names if ".experts." in name}
+    drawn = {name for name in stacks if name.startswith(CONNECTOR)}
+    assert drawn
+    assert plan.mapping.repeated(plan.drawing) == stacks - drawn
+
+
+def test_experts_that_are_cast_or_made_are_read_one_by_one(arguments, monkeypatch):
+    plan = plan_upcycle(arguments(text_experts=4, dtype="bfloat16"))
+    assert plan.mapping.repeated(plan.drawing) == set()
+    plan = plan_upcycle(arguments(text_experts=4))
+    monkeypatch.setitem(EXPERT_INITS, "copy", lambda dense, slot: dense * 1)
+    assert plan.mapping.repeated(plan.drawing) == set()
+    monkeypatch.setitem(EXPERT_INITS, "copy", lambda dense, slot: dense * 1 if slot.expert == 3 else dense)
+    assert plan.mapping.repeated(plan.drawing) == set()
+
+
 @pytest.mark.parametrize("name", JSON_MUTANTS)
 def test_raises_when_what_is_written_describes_another_model(plan, written, name):
     file, mutate, said = JSON_MUTANTS[name]
@@ -194,7 +251,7 @@ def deep(tmp_path_factory):
     """An LLM of 24 layers, whose logits answer the last bit of its embeddings with more than the limit."""
     folder = tmp_path_factory.mktemp("deep")
     config = tiny.text_config("llama", hidden_size=256, intermediate_size=256, num_hidden_layers=24)
-    tiny.redraw(AutoModelForCausalLM.from_config(config), std=0.1).save_pretrained(folder)
+    tiny.redraw(AutoModelForCausalLM.from_config(config), std=0.12).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
 

@@ -1,5 +1,9 @@
+import errno
+import fcntl
 import hashlib
 import json
+import os
+import random
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from modeling_vlmoe.conversion.streaming import (
     plan_shards,
     write_checkpoint,
 )
+from modeling_vlmoe.conversion.written_file import BUFFER_BYTES, NUM_BUFFERS, WrittenFile
 from tests import tiny
 
 
@@ -97,6 +102,45 @@ def test_a_tensor_that_is_let_go_of_can_be_read_again(tmp_path):
         assert torch.equal(tensor, dense["big"])
         span.let_go()
     assert all(torch.equal(reader.tensor(name), value) for name, value in dense.items())
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+@pytest.mark.parametrize("size", [0, 1, 4096, BUFFER_BYTES, NUM_BUFFERS * BUFFER_BYTES + 4097])
+def test_a_file_holds_what_was_given_by_pieces(tmp_path, monkeypatch, size, is_direct):
+    if not is_direct:
+
+        def refuse(descriptor, data):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+        write = os.write
+        monkeypatch.setattr("os.write", lambda d, data: (refuse if is_opened_directly(d) else write)(d, data))
+    data = random.Random(0).randbytes(size)
+    file = WrittenFile(tmp_path / "file")
+    with file:
+        for start in range(0, size, 10**7):
+            file.write(data[start : start + 10**7])
+        digest = file.close()
+    assert (tmp_path / "file").read_bytes() == data
+    assert digest == hashlib.sha256(data).hexdigest()
+
+
+def is_opened_directly(descriptor):
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+def test_what_goes_wrong_while_a_file_is_written_is_raised(tmp_path, monkeypatch):
+    file = WrittenFile(tmp_path / "file")
+
+    def fail(descriptor, data):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("os.write", fail)
+    with file:
+        file.write(bytes(BUFFER_BYTES))
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            file.close()
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        os.fstat(file._descriptor)
 
 
 def test_raises_when_a_file_is_truncated(tmp_path):
