@@ -25,7 +25,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy modeling_vlmoe
-	$(BIN)/mypy conversion finetune benchmarks
+	$(BIN)/mypy conversion finetune model_cards benchmarks
 
 format: $(READY)
 	$(BIN)/ruff format .

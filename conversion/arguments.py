@@ -64,12 +64,21 @@ class UpcycleArguments:
         Raises:
             ValueError: for a key that is no field, or a value of another type; `origin` says where it stands.
         """
-        known = {item.name: item for item in fields(cls)}
-        if unknown := sorted(map(str, set(values) - set(known))):
-            raise ValueError(f"{origin} has unknown keys: {', '.join(unknown)}. Known: {', '.join(known)}.")
-        for name, value in values.items():
-            check_type(name, value, known[name].default, str(known[name].type), origin)
-        return cls(**values)
+        return from_values(cls, values, origin)
+
+
+def from_values(settings: Any, values: dict[str, Any], origin: str) -> Any:
+    """A dataclass of settings from plain values, whose types are checked.
+
+    Raises:
+        ValueError: for a key that is no field, or a value of another type; `origin` says where it stands.
+    """
+    known = {item.name: item for item in fields(settings)}
+    if unknown := sorted(map(str, set(values) - set(known))):
+        raise ValueError(f"{origin} has unknown keys: {', '.join(unknown)}. Known: {', '.join(known)}.")
+    for name, value in values.items():
+        check_type(name, value, known[name].default, str(known[name].type), origin)
+    return settings(**values)
 
 
 def check_type(name: str, value: Any, default: Any, annotation: Any, origin: str) -> None:

@@ -67,7 +67,8 @@ def build_parent(parent: Parent, build: Callable[..., PreTrainedModel], config: 
         return build_on_meta(lambda: build(config, dtype=torch.float32))
     except BROKEN as error:
         raise ValueError(
-            f"{parent.folder / CONFIG_NAME} describes no model that can be built: {type(error).__name__}: {error}"
+            f"{parent.folder / CONFIG_NAME} describes no model that can be built ({type(error).__name__}: {error}). "
+            "Correct it."
         ) from error
 
 
@@ -133,7 +134,7 @@ def find_dense_tensors(parent: Parent) -> DenseTensors:
         elif name in tied:
             found.dropped[key] = f"tied to {tied[name]}"
         elif name in found.stored:
-            raise ValueError(f"{parent.given} holds {name} twice, as {found.stored[name]} and as {key}.")
+            raise ValueError(f"{parent.given} holds {name} twice, as {found.stored[name]} and as {key}. Remove one.")
         else:
             found.stored[name] = key
     drop_unmatched(found, unmatched)
@@ -163,7 +164,8 @@ def drop_unmatched(found: DenseTensors, keys: list[str]) -> None:
         raise ValueError(
             f"{found.parent.given} holds tensors that {type(found.model).__name__} has no place for: "
             f"{', '.join(unknown[:5])}"
-            f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''}."
+            f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''}. "
+            "Check that weights and config.json belong together."
         )
 
 
@@ -186,15 +188,17 @@ def check_complete(found: DenseTensors, shapes: dict[str, tuple[int, ...]]) -> N
     kind = type(found.model).__name__
     if missing := [name for name in shapes if name not in found.stored]:
         raise ValueError(
-            f"{found.parent.given} lacks tensors of {kind}: {', '.join(missing[:5])} ({len(missing)} in all)."
+            f"{found.parent.given} lacks tensors of {kind}: {', '.join(missing[:5])} ({len(missing)} in all). "
+            "Check that weights and config.json belong together, and that the download is whole."
         )
     for name, shape in shapes.items():
         if found.shape(name) != shape:
             raise ValueError(
                 f"{found.parent.given}: {found.stored[name]} has the shape {found.shape(name)}, but config.json makes "
-                f"it {shape}."
+                f"it {shape}. Check that the two belong together."
             )
         if not found.dtype(name).is_floating_point and found.model.state_dict()[name].is_floating_point():
             raise ValueError(
-                f"{found.parent.given}: {found.stored[name]} is stored as {found.dtype(name)}: quantised?"
+                f"{found.parent.given}: {found.stored[name]} is stored as {found.dtype(name)}: quantised? Give the "
+                "full-precision parent."
             )

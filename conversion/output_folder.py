@@ -12,21 +12,24 @@ from transformers.utils import CONFIG_NAME
 def check_output_folder(folder: Path, force: bool) -> None:
     """Refuses a target that cannot be made or renamed, and one that is not empty (forced: one that is no model)."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output-dir {folder} is a file.")
+        raise ValueError(f"--output-dir {folder} is a file. Name a folder.")
     if os.path.ismount(folder):
         raise ValueError(f"--output-dir {folder} is a mount point, which cannot be renamed. Name a folder inside it.")
     existing = next(parent for parent in folder.resolve().parents if parent.exists())
     if not existing.is_dir():
-        raise ValueError(f"--output-dir {folder} is below {existing}, which is a file.")
+        raise ValueError(f"--output-dir {folder} is below {existing}, which is a file. Name another folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--output-dir {folder} cannot be made: there is no permission to write into {existing}.")
+        raise ValueError(
+            f"--output-dir {folder} cannot be made: there is no permission to write into {existing}. Name another."
+        )
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not force:
         raise ValueError(f"--output-dir {folder} is not empty. Name another folder, or pass --force to replace it.")
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(
-            f"--output-dir {folder} is not empty and has no {CONFIG_NAME}: --force replaces model folders only."
+            f"--output-dir {folder} is not empty and has no {CONFIG_NAME}: --force replaces model folders only. "
+            "Name another folder, or empty it yourself."
         )
 
 
@@ -35,7 +38,10 @@ def check_parents_survive(folder: Path, parents: Iterable[Path]) -> None:
     target = folder.resolve()
     for parent in parents:
         if target in (parent.resolve(), *parent.resolve().parents):
-            raise ValueError(f"--output-dir {folder} is or holds the parent {parent}, which would be overwritten.")
+            raise ValueError(
+                f"--output-dir {folder} is or holds the parent {parent}, which would be overwritten. "
+                "Name another folder."
+            )
 
 
 @contextmanager
@@ -73,5 +79,6 @@ def check_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise ValueError(
-            f"--output-dir {folder} needs {num_bytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free."
+            f"--output-dir {folder} needs {num_bytes / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free. "
+            "Make room, or name a folder on another disk."
         )

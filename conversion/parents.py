@@ -61,7 +61,8 @@ def find_folder(given: str, role: str, revision: str | None = None) -> Path:
     if path.is_dir():
         if revision is not None:
             raise ValueError(
-                f"--{role}-revision {revision} is given, but {given} is a folder; revisions are of Hub ids."
+                f"--{role}-revision {revision} is given, but {given} is a folder; revisions are of Hub ids. "
+                "Leave it out."
             )
         return path
     if path.exists():
@@ -73,11 +74,14 @@ def find_folder(given: str, role: str, revision: str | None = None) -> Path:
             )
         )
     except HFValidationError as error:
-        raise ValueError(f"--{role}-model {given}: there is no such folder, and it is no Hub id.") from error
+        raise ValueError(
+            f"--{role}-model {given}: there is no such folder, and it is no Hub id. Check the path."
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ValueError(
             f"--{role}-model {given} is neither a folder nor in the local Hub cache, and it cannot be fetched from "
-            f"the Hub (offline, private, or no such id): {str(error).splitlines()[0]}"
+            f"the Hub (offline, private, or no such id): {str(error).splitlines()[0]} Check the name, "
+            "or download it where there is a network."
         ) from error
 
 
@@ -89,15 +93,15 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """
     file = folder / CONFIG_NAME
     if "model_type" not in read_json(file):
-        raise ValueError(f"{file} names no model_type.")
+        raise ValueError(f"{file} names no model_type. Give the folder of a transformers model.")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (*BROKEN, StrictDataclassError) as error:
-        raise ValueError(f"{file} is no configuration that transformers reads: {error}") from error
+        raise ValueError(f"{file} is no configuration that transformers reads. Mend this: {error}") from error
     if not isinstance(config, VLMoEConfig):
         forget_code(config)
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{folder} is quantised; upcycling needs the full-precision parent.")
+        raise ValueError(f"{folder} is quantised; upcycling needs the full-precision parent. Give that one.")
     return config
 
 
@@ -126,22 +130,25 @@ def check_text(given: str, config: PreTrainedConfig) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if config.model_type == VLMoEConfig.model_type:
-        raise ValueError(f"--text-model {given} is a vlmoe model; a dense one is given as --vlm-model.")
+        raise ValueError(f"--text-model {given} is a vlmoe model; give a dense one as --vlm-model.")
     if declared := sparse_fields(config):
         raise ValueError(
             f"--text-model {given} is already sparse: its {config.model_type} configuration has "
             f"{', '.join(declared)}. "
-            "Only dense LLMs are upcycled."
+            "Only dense LLMs are upcycled: give one."
         )
     if config.get_text_config() is not config or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ValueError(f"--text-model {given} is a {config.model_type} model, which is not a causal LLM.")
+        raise ValueError(f"--text-model {given} is a {config.model_type} model, which is not a causal LLM. Give one.")
 
 
 def check_vision(given: str, config: PreTrainedConfig) -> None:
     """A vision parent is a ViT, or has one inside."""
     vision = getattr(config, "vision_config", None) or config
     if not hasattr(vision, "patch_size") or not hasattr(vision, "num_hidden_layers"):
-        raise ValueError(f"--vision-model {given} is a {config.model_type} model, which is not a ViT.")
+        raise ValueError(
+            f"--vision-model {given} is a {config.model_type} model, which is not a ViT. "
+            "Give one, or a CLIP or SigLIP around it."
+        )
 
 
 def check_vlm(given: str, config: PreTrainedConfig) -> None:
@@ -153,10 +160,18 @@ def check_vlm(given: str, config: PreTrainedConfig) -> None:
         )
     for part in PARTS:
         if (moe := config.moe(part)) is not None:
-            raise ValueError(f"--vlm-model {given}: its {part} part is already sparse ({moe.num_experts} experts).")
+            raise ValueError(
+                f"--vlm-model {given}: its {part} part is already sparse ({moe.num_experts} experts). "
+                "Give the dense model it was made of."
+            )
 
 
 CHECKS = {"text": check_text, "vision": check_vision, "vlm": check_vlm}
+
+
+def is_on_hub(parent: Parent) -> bool:
+    """Whether a parent was named by its Hub id, and not by a folder."""
+    return parent.revision is not None and not Path(parent.given).expanduser().is_dir()
 
 
 def open_parents(args: UpcycleArguments) -> dict[str, Parent]:

@@ -169,7 +169,7 @@ def load_part(auto_class: Any, parent: Parent, what: str) -> Any:
     try:
         return auto_class.from_pretrained(parent.folder, trust_remote_code=False)
     except BROKEN as error:
-        raise ValueError(f"{parent.given} has no {what} that can be loaded: {error}") from error
+        raise ValueError(f"{parent.given} has no {what} that can be loaded. Add or mend it: {error}") from error
 
 
 def load_generation(parent: Parent, config: VLMoEConfig) -> GenerationConfig:
@@ -200,7 +200,9 @@ def measure_image(image_processor: Any, dense: PreTrainedModel, parent: Parent) 
         picture = Image.new("RGB", SHOWN_IMAGE)
         shape = tuple(image_processor(picture, return_tensors="pt")["pixel_values"].shape)
     except BROKEN as error:
-        raise ValueError(f"The image processor of {parent.given} cannot read a picture: {error}") from error
+        raise ValueError(
+            f"The image processor of {parent.given} cannot read a picture. Mend its configuration: {error}"
+        ) from error
     if len(shape) != 4 or shape[0] != 1:
         raise ValueError(
             f"The image processor of {parent.given} makes {shape} of one picture; expected (1, channels, height, "
@@ -276,9 +278,12 @@ def name_dense_tensors(
         connector = DrawnConnector(drawn, args.seed, model.config.initializer_range, dtype)
         named |= {name: DenseTensor(connector, name) for name in connector.names}
     if strange := sorted(set(named) - set(shapes)):
-        raise ValueError(f"The dense parents have tensors that the model has no place for: {', '.join(strange[:5])}.")
+        raise ValueError(
+            f"The dense parents have tensors that the model has no place for: "
+            f"{', '.join(strange[:5])}. Leave them out."
+        )
     if missing := sorted(set(shapes) - set(named)):
-        raise ValueError(f"No parent has the tensors {', '.join(missing[:5])} of the dense model.")
+        raise ValueError(f"No parent has the tensors {', '.join(missing[:5])} of the dense model. Add them to one.")
     return named
 
 

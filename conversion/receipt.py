@@ -9,31 +9,40 @@ from pathlib import Path
 from typing import Any
 
 from modeling_vlmoe import __version__
+from modeling_vlmoe.companions import RECEIPT_NAME
 from modeling_vlmoe.configuration_vlmoe import PARTS
 
 from .casts import find_casts
 from .connector_init import DrawnConnector
 from .gaps import FLOOR_FACTOR, LIMIT, Findings
+from .licences import read_licence
 from .mapping import Mapping
-from .parents import Parent
+from .parents import Parent, is_on_hub
 from .planning import UpcyclePlan
+from .streaming import read_json
 
-RECEIPT_NAME = "upcycle_receipt.json"
 PACKAGES = ("torch", "transformers", "safetensors")
 # A change of the receipt's shape that a reader has to know of raises this.
 FORMAT = 1
 
 
 def describe_parent(parent: Parent) -> dict[str, Any]:
-    """A parent: its Hub id and commit, or its folder's name; its files' sizes and the hash of its configuration."""
-    is_hub = parent.revision is not None and not Path(parent.given).expanduser().is_dir()
-    return {
+    """A parent: its Hub id and commit, or its folder's name; its licence, as its card states it; its files' sizes and
+    the hash of its configuration; of a vlmoe model that has a receipt, the parents that this one names.
+    """
+    is_hub = is_on_hub(parent)
+    described = {
         "name": parent.given if is_hub else parent.folder.resolve().name,
+        "hub_id": parent.given if is_hub else None,
         "revision": parent.revision,
+        "license": read_licence(parent),
         "model_type": parent.config.model_type,
         "config_sha256": hashlib.sha256((parent.folder / "config.json").read_bytes()).hexdigest(),
         "files": {file.name: file.stat().st_size for file in parent.reader.files},
     }
+    if (parent.folder / RECEIPT_NAME).is_file():
+        described["parents"] = read_json(parent.folder / RECEIPT_NAME).get("parents", {})
+    return described
 
 
 def describe_settings(plan: UpcyclePlan) -> dict[str, Any]:

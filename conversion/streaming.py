@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import logging as host_logging
 
 from .page_flow import MappedSpan
 from .written_file import WrittenFile
@@ -45,11 +45,11 @@ DTYPES_BY_CODE = {code: dtype for dtype, code in DTYPE_CODES.items()}
 def read_json(path: Path) -> dict:
     """Reads a JSON file; what is missing or broken is named."""
     if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}.")
+        raise ValueError(f"{path.parent} has no {path.name}. Add it.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON. Mend this: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}; expected a JSON object.")
     return values
@@ -63,17 +63,17 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} has no weight_map.")
+            raise ValueError(f"{index} has no weight_map. Download it again.")
         files = [folder / name for name in sorted(set(weight_map.values()))]
         if missing := [file.name for file in files if not file.is_file()]:
-            raise ValueError(f"{index} names shards that are not in {folder}: {', '.join(missing)}.")
+            raise ValueError(f"{index} names shards that are not in {folder}: {', '.join(missing)}. Add them.")
         return files
     if pickles := sorted(file.name for pattern in PICKLE_PATTERNS for file in folder.glob(pattern)):
         raise ValueError(
             f"{folder} has only pickle weights ({', '.join(pickles)}), which can run code and are never loaded. "
             "Save the model as safetensors first."
         )
-    raise ValueError(f"{folder} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}.")
+    raise ValueError(f"{folder} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}. Add the weights.")
 
 
 def tensor_offsets(file: Path) -> dict[str, int]:
@@ -100,10 +100,12 @@ class CheckpointReader:
             try:
                 handle = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is corrupt or truncated: {error}") from error
+                raise ValueError(f"{file} is corrupt or truncated. Download it again: {error}") from error
             for name, offset in tensor_offsets(file).items():
                 if name in self._home:
-                    raise ValueError(f"{self.folder} holds the tensor {name} twice, the second time in {file.name}.")
+                    raise ValueError(
+                        f"{self.folder} holds the tensor {name} twice, the second time in {file.name}. Remove one."
+                    )
                 self._home[name], self._place[name] = handle, (file, offset)
         self._check_index()
 
@@ -112,7 +114,9 @@ class CheckpointReader:
         if self.files[0].name == SAFE_WEIGHTS_NAME or not index.is_file():
             return
         if missing := sorted(set(read_json(index)["weight_map"]) - set(self._home)):
-            raise ValueError(f"{index} names tensors that its shards do not hold: {', '.join(missing[:5])}.")
+            raise ValueError(
+                f"{index} names tensors that its shards do not hold: {', '.join(missing[:5])}. Download them again."
+            )
 
     @property
     def names(self) -> list[str]:
@@ -128,7 +132,8 @@ class CheckpointReader:
         code = self._slice(name).get_dtype()
         if code not in DTYPES_BY_CODE:
             raise ValueError(
-                f"{name} in {self.folder} is stored as {code}, which is a quantised format: not supported."
+                f"{name} in {self.folder} is stored as {code}, which is a quantised format: not supported. Give "
+                "the full-precision parent."
             )
         return DTYPES_BY_CODE[code]
 
@@ -243,7 +248,7 @@ def write_checkpoint(
     shards = plan_shards(specs, max_shard_bytes)
     total = sum(spec.num_bytes for spec in specs)
     hashes: dict[str, str] = {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=None) as progress:
+    with host_logging.tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=None) as progress:
         for file_name, shard in shards.items():
             with WrittenFile(folder / file_name) as file:
                 file.write(encode_header(shard))

@@ -7,12 +7,16 @@ PosixPath('out')
 
 import errno
 import hashlib
+import logging
+import shutil
 from collections import Counter
 from pathlib import Path
 
 from transformers.dynamic_module_utils import custom_object_save
 
 from modeling_vlmoe import VLMoEForConditionalGeneration, register
+from modeling_vlmoe.companions import HISTORY_NAME
+from modeling_vlmoe.model_cards import write_card
 
 from .arguments import UpcycleArguments
 from .meta_models import build_on_meta
@@ -21,6 +25,8 @@ from .planning import UpcyclePlan, plan_upcycle
 from .receipt import build_receipt, write_receipt
 from .streaming import write_checkpoint
 from .verify import prove
+
+logger = logging.getLogger(__name__)
 
 
 def upcycle(args: UpcycleArguments) -> Path:
@@ -46,6 +52,7 @@ def upcycle(args: UpcycleArguments) -> Path:
         raise ValueError("Give --output-dir, the folder of the model.")
     output, plan = Path(args.output_dir).expanduser(), prepare(args)
     check_space(output, plan.mapping.num_bytes)
+    logger.info("Writing %s into %s.", format_bytes(plan.mapping.num_bytes), output)
     with whole_or_nothing(output, args.force) as folder:
         try:
             file_hashes = write_checkpoint(folder, plan.mapping.specs, plan.mapping.blocks(plan.drawing))
@@ -56,10 +63,12 @@ def upcycle(args: UpcycleArguments) -> Path:
                     errno.ENOSPC, f"The disk is full; {output} needs about {format_bytes(plan.mapping.num_bytes)}"
                 ) from error
             raise
+        logger.info("Running the written files against the parents.")
         gaps = prove(plan, folder, reads_all=False)
         small = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in file_hashes]
         file_hashes |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in small}
         write_receipt(folder, build_receipt(plan, gaps, dict(sorted(file_hashes.items()))))
+        write_card(folder, name=output.resolve().name)  # of the receipt, so its hash is not in it
     return output
 
 
@@ -86,11 +95,16 @@ def preview(args: UpcycleArguments) -> str:
 
 
 def write_companions(plan: UpcyclePlan, folder: Path) -> None:
-    """Writes what a checkpoint holds beside its weights: configurations, processor, and the model's code."""
+    """Writes what a checkpoint holds beside its weights: configurations, processor, the model's code, and the
+    trainings that a dense vlmoe parent has been through.
+    """
     plan.config.save_pretrained(folder)
     plan.generation.save_pretrained(folder)
     plan.processor.save_pretrained(folder)
     custom_object_save(build_on_meta(lambda: VLMoEForConditionalGeneration(plan.config)), folder)
+    for parent in plan.parents.values():
+        if parent.role == "vlm" and (parent.folder / HISTORY_NAME).is_file():
+            shutil.copyfile(parent.folder / HISTORY_NAME, folder / HISTORY_NAME)
 
 
 def format_bytes(count: int) -> str:

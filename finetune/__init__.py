@@ -15,6 +15,7 @@ _HOMES = {
     "build_trainer": "train",
     "evaluate_vqa": "evaluation",
     "finetune": "train",
+    "follow_trainer": "loss_follower",
     "load_chat_data": "data",
     "load_finetuned": "checkpoints",
     "lora_config": "adapters",
@@ -24,6 +25,7 @@ _HOMES = {
     "prepare_model": "adapters",
     "save_finetuned": "checkpoints",
     "shuffled_images": "evaluation",
+    "write_evaluation": "evaluation_file",
 }
 __all__ = list(_HOMES)
 

@@ -9,21 +9,40 @@ and on the Linears of a dense MLP ("mlp"). Routers and, where asked, the connect
 
 import logging
 from collections.abc import Iterator
+from copy import copy
+from dataclasses import fields
+from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from modeling_vlmoe.configuration_vlmoe import PARTS, num_feature_layers
+from modeling_vlmoe.configuration_vlmoe import PARTS, VLMoEConfig, num_feature_layers
 from modeling_vlmoe.mlp_layouts import MLP_NAMES
 from modeling_vlmoe.towers import sparse_blocks, tower_layers
 
-from .settings import FinetuneSettings
+from .settings import FinetuneSettings, check_lora_words, nearest
 
 logger = logging.getLogger(__name__)
 
 TOWERS = {"text": "language_model", "vision": "vision_tower"}
+# Fields of PEFT's `LoraConfig` that `lora_config` works out, and the settings that say them.
+OWN_FIELDS = {
+    "r": "lora_r",
+    "target_modules": "lora_parts and lora_targets",
+    "target_parameters": "lora_parts and lora_targets",
+    "modules_to_save": "train_routers and train_connector",
+    "revision": "model_revision",
+}
+# What PEFT (0.21) cannot do on a stack of weights, by field: the values it can take.
+FOR_EXPERTS: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "fan_in_fan_out": (False,),
+    "init_lora_weights": (True, False, "gaussian"),
+}
 
 
 def useful_layers(model: Any, part: str) -> Iterator[tuple[str, nn.Module]]:
@@ -70,31 +89,87 @@ def lora_parameters(layer: nn.Module) -> list[str]:
     ]
 
 
-def check_lora(config: Any, settings: FinetuneSettings) -> None:
+def check_lora(config: Any, settings: FinetuneSettings, options: dict[str, Any] | None = None) -> None:
     """Refuses what PEFT cannot do, from the model's configuration alone.
 
+    Args:
+        config: the model's.
+        settings: the recipe.
+        options: further fields of PEFT's `LoraConfig`.
+
     Raises:
-        ValueError: for dropout on experts.
+        ValueError: for unknown parts or targets, and for what cannot be done on experts.
     """
+    check_lora_words(settings)
     sparse = [part for part in settings.lora_parts if config.moe(part) is not None]
-    if settings.lora_dropout and sparse and "experts" in settings.lora_targets:
+    if not sparse or "experts" not in settings.lora_targets:
+        return
+    where = f"LoRA on experts (here: {', '.join(sparse)})"
+    if settings.lora_dropout:
         raise ValueError(
-            f"lora_dropout is {settings.lora_dropout}, but LoRA on experts (here: {', '.join(sparse)}) has no dropout "
-            "in PEFT: set lora_dropout=0, or leave experts out of lora_targets."
+            f"lora_dropout is {settings.lora_dropout}, but {where} has no dropout in PEFT: set lora_dropout=0, or "
+            "leave experts out of lora_targets."
         )
+    for name, value in (options or {}).items():
+        if name in FOR_EXPERTS and value not in FOR_EXPERTS[name]:
+            takes = " or ".join(repr(known) for known in FOR_EXPERTS[name])
+            raise ValueError(
+                f"{name} is {value!r}, but {where} takes {takes} only in PEFT: leave {name} out, or leave experts out "
+                "of lora_targets."
+            )
 
 
-def lora_config(model: PreTrainedModel, settings: FinetuneSettings) -> LoraConfig:
-    """PEFT's configuration of a recipe for this model.
+def split_options(settings: FinetuneSettings, given: dict[str, Any]) -> tuple[FinetuneSettings, dict[str, Any]]:
+    """The settings with those that were given by name, and the further fields of PEFT's `LoraConfig`.
+
+    Raises:
+        ValueError: for a name that is neither, or one that the settings say otherwise.
+    """
+    own = {item.name for item in fields(FinetuneSettings)}
+    others = {item.name for item in fields(LoraConfig)}
+    for name in given:
+        if name in OWN_FIELDS:
+            raise ValueError(f"{name} of LoraConfig is worked out from {OWN_FIELDS[name]}; give those.")
+        if name not in own | others:
+            raise ValueError(
+                f"{name} is neither a setting nor a field of PEFT's LoraConfig.{nearest([name], own | others)}"
+            )
+    settings = copy(settings)
+    for name in own & given.keys():
+        setattr(settings, name, given[name])
+    return settings, {name: value for name, value in given.items() if name not in own}
+
+
+def outline(name: str, settings: FinetuneSettings) -> PreTrainedModel:
+    """A model of a folder or the Hub without its weights."""
+    hub = {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
+    config = AutoConfig.from_pretrained(name, **hub)
+    if config.model_type != VLMoEConfig.model_type:
+        raise ValueError(f"{name} is a {config.model_type} model; expected a {VLMoEConfig.model_type} one.")
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=settings.trust_remote_code)
+
+
+def lora_config(
+    model: PreTrainedModel | str | Path, settings: FinetuneSettings | None = None, **given: Any
+) -> LoraConfig:
+    """PEFT's configuration for this model: what can learn is named exactly, experts and routers too.
+
+    >>> get_peft_model(model, lora_config(model, lora_r=8, lora_parts=["text", "vision"], use_rslora=True))
+    >>> SFTTrainer("user/my-vlmoe", peft_config=lora_config("user/my-vlmoe"), ...)
 
     Args:
-        model: the model to be wrapped.
-        settings: the recipe.
+        model: the model to be wrapped, or its folder or Hub id, of which only the configuration is read.
+        settings: a recipe; its defaults where there is none.
+        **given: settings by name, which go before; and any other field of PEFT's `LoraConfig`.
 
     Raises:
         ValueError: if PEFT cannot do it, or nothing in the model matches.
     """
-    check_lora(model.config, settings)
+    settings, options = split_options(settings or FinetuneSettings(), given)
+    if isinstance(model, (str, Path)):
+        model = outline(str(model), settings)
+    check_lora(model.config, settings, options)
     modules, parameters, whole = [], [], []
     for part in settings.lora_parts:
         for prefix, layer in useful_layers(model, part):
@@ -118,6 +193,7 @@ def lora_config(model: PreTrainedModel, settings: FinetuneSettings) -> LoraConfi
         target_parameters=parameters or None,
         modules_to_save=whole or None,
         revision=settings.model_revision,
+        **options,
     )
 
 
@@ -146,4 +222,5 @@ def prepare_model(model: PreTrainedModel, settings: FinetuneSettings) -> PreTrai
     if settings.method == "align":
         freeze_but_connector(model)
         return model
+    cast(Any, model.base_model).warns_of_adapters = False  # a recipe says what it trains
     return cast(PeftModel, get_peft_model(model, lora_config(model, settings)))

@@ -7,7 +7,6 @@ FinetuneArguments(method='lora', ...)
 import json
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -20,7 +19,7 @@ from transformers.integrations import is_tensorboard_available
 from modeling_vlmoe import recipe_files
 
 from .recipes import shipped_recipes
-from .settings import DTYPES, LORA_PARTS, LORA_TARGETS, METHODS, FinetuneSettings
+from .settings import DTYPES, METHODS, FinetuneSettings, check_lora_words, nearest
 
 REQUIRED = ("model", "data", "output_dir")
 # Settings that count something, of which there has to be one at least.
@@ -70,16 +69,10 @@ class FinetuneArguments(FinetuneSettings, TrainingArguments):
 
     def _check_choices(self) -> None:
         """Refuses unknown words."""
-        for name, known in (("lora_parts", LORA_PARTS), ("lora_targets", LORA_TARGETS)):
-            given = getattr(self, name)
-            if not given or (unknown := [word for word in given if word not in known]):
-                raise ValueError(
-                    f"{name} is {given}; expected some of {', '.join(known)}."
-                    + _nearest(unknown if given else [], known)
-                )
+        check_lora_words(self)
         for name, known in (("method", METHODS), ("dtype", DTYPES)):
             if (word := getattr(self, name)) not in known:
-                raise ValueError(f"{name} is {word!r}; expected one of {', '.join(known)}.{_nearest([word], known)}")
+                raise ValueError(f"{name} is {word!r}; expected one of {', '.join(known)}.{nearest([word], known)}")
 
     def _check_numbers(self) -> None:
         """Refuses numbers out of range."""
@@ -97,7 +90,7 @@ class FinetuneArguments(FinetuneSettings, TrainingArguments):
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"lr_scheduler_kwargs {self.lr_scheduler_kwargs} do not fit lr_scheduler_type "
-                f"{_plain(self.lr_scheduler_type)}: {error}"
+                f"{_plain(self.lr_scheduler_type)}: {error}. Choose others, or leave them out."
             ) from error
 
     @property
@@ -148,14 +141,6 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else str(value)
 
 
-def _nearest(words: Iterable[str], known: Iterable[str]) -> str:
-    """A hint at the known names nearest to unknown ones."""
-    hints = [
-        f"{near[0]!r} for {word!r}" for word in words if (near := get_close_matches(str(word), list(known), 1, 0.5))
-    ]
-    return f" Did you mean {', '.join(hints)}?" if hints else ""
-
-
 class _Parser(HfArgumentParser):
     """The host's parser, whose errors are the caller's to show."""
 
@@ -190,7 +175,7 @@ def read_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     for word in overrides:
         key, equals, value = word.partition("=")
         if not (key and equals):
-            raise ValueError(f"{word!r} is not of the form key=value.")
+            raise ValueError(f"{word!r} is not of the form key=value; give it so.")
         try:
             values[key.removeprefix("--").replace("-", "_")] = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -206,7 +191,10 @@ def parse_settings(values: dict[str, Any], origin: str = "the settings") -> Fine
     """
     known = {item.name: item for item in fields(FinetuneArguments) if item.init}
     if unknown := sorted(map(str, set(values) - set(known))):
-        raise ValueError(f"{origin} has unknown keys: {', '.join(unknown)}.{_nearest(unknown, known)}")
+        raise ValueError(
+            f"{origin} has unknown keys: {', '.join(unknown)}."
+            + (nearest(unknown, known) or " Known are those of `vlmoe finetune --help` and of TrainingArguments.")
+        )
     given = {name: value for name, value in values.items() if value is not None}
     if missing := [name for name in REQUIRED if not given.get(name)]:
         raise ValueError(f"{origin} does not say {', '.join(missing)}; give for example {missing[0]}=...")

@@ -1,7 +1,7 @@
 """What a run leaves behind, how it is loaded again, and how an adapter is merged.
 
-`align` writes a full checkpoint, `lora` an adapter in PEFT's form; both with the processor and with the receipt of the
-upcycling they started from, where there is one.
+`align` writes a full checkpoint, `lora` an adapter in PEFT's form; both with the processor, with the receipt of the
+upcycling they started from, where there is one, with the history of the training, and with a card.
 """
 
 import shutil
@@ -11,12 +11,14 @@ from typing import Any
 import yaml
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, TrainerState
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
-from modeling_vlmoe.conversion.receipt import RECEIPT_NAME
+from modeling_vlmoe.companions import HISTORY_NAME, RECEIPT_NAME, write_companions
+from modeling_vlmoe.model_cards import keep_edited_card, write_card
 
 from .arguments import FinetuneArguments
+from .history import describe_run, write_history
 from .settings import SETTINGS_NAME
 
 MAX_SHARD_SIZE = "5GB"
@@ -95,39 +97,53 @@ def check_processor(processor: Any, config: Any) -> None:
         )
 
 
-def copy_receipt(base: str, folder: Path, revision: str | None = None) -> None:
-    """Takes the receipt of the upcycling along, from a folder or the Hub, where the model has one."""
-    found = cached_file(
-        base,
-        RECEIPT_NAME,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if found is not None:
-        shutil.copyfile(found, folder / RECEIPT_NAME)
-
-
 def write_settings(folder: Path, args: FinetuneArguments) -> None:
     """Writes the resolved recipe; the file also marks the folder as one that a run of ours has made."""
     settings = yaml.safe_dump(args.settings(), sort_keys=False, allow_unicode=True)
     (folder / SETTINGS_NAME).write_text(settings, encoding="utf-8")
 
 
+def tell_of_run(
+    folder: Path,
+    model: PreTrainedModel | PeftModel,
+    args: FinetuneArguments,
+    num_rows: int | None = None,
+    state: TrainerState | None = None,
+) -> None:
+    """Writes the receipt of the model that was tuned, where it has one, and its history with this run at the end."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    write_companions({name: text for name, text in base.companions.items() if name == RECEIPT_NAME}, folder)
+    write_history(folder, base, describe_run(args.settings(), base, num_rows, state))
+
+
 def save_finetuned(
-    model: PreTrainedModel | PeftModel, processor: Any, folder: str | Path, args: FinetuneArguments
+    model: PreTrainedModel | PeftModel,
+    processor: Any,
+    folder: str | Path,
+    args: FinetuneArguments,
+    num_rows: int | None = None,
+    state: TrainerState | None = None,
 ) -> Path:
-    """Writes the adapter or the full model, the processor, the receipt and the resolved recipe."""
+    """Writes the adapter or the full model, the processor, the receipt, the history, the resolved recipe and the card.
+
+    Args:
+        model: what was tuned.
+        processor: its processor.
+        folder: where to.
+        args: the recipe.
+        num_rows: rows of the training data, for the history.
+        state: the Trainer's, for the history.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder))
-    else:
-        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-    processor.save_pretrained(folder)
-    if args.model:
-        copy_receipt(args.model, folder, args.model_revision)
-    write_settings(folder, args)
+    with keep_edited_card(folder):
+        if isinstance(model, PeftModel):
+            model.save_pretrained(str(folder))
+        else:
+            model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        processor.save_pretrained(folder)
+        tell_of_run(folder, model, args, num_rows, state)
+        write_settings(folder, args)
     return folder
 
 
@@ -191,7 +207,8 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, base_model: str |
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(output_dir, max_shard_size=MAX_SHARD_SIZE)
     processor.save_pretrained(output_dir)
-    for name in (RECEIPT_NAME, SETTINGS_NAME):
+    for name in (RECEIPT_NAME, HISTORY_NAME, SETTINGS_NAME):
         if (Path(adapter) / name).is_file():
             shutil.copyfile(Path(adapter) / name, output_dir / name)
+    write_card(output_dir, replace=True)
     return output_dir

@@ -106,7 +106,8 @@ class ChatCollator:
             if not targets:
                 raise ValueError(
                     f"{where_is(row)} has no token of the assistant to learn: its answers hold reasoning alone, or "
-                    "the processor's chat template has no generation marks."
+                    "the processor's chat template has no generation marks. "
+                    "Leave the row out, or build the processor by from_parents."
                 )
         batch["labels"] = batch["input_ids"].masked_fill(~said, IGNORED)
         return batch
@@ -149,7 +150,7 @@ def check_rows(
     Raises:
         ValueError: naming the first row that is wrong.
     """
-    for row in host_logging.tqdm(dataset, desc="Checking rows", leave=False):
+    for row in host_logging.tqdm(dataset, desc="Checking rows", leave=False, disable=None):
         num_images = len(row["images"] or [])
         if needs_images and not num_images:
             raise ValueError(

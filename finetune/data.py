@@ -76,7 +76,7 @@ def read_messages(messages: Any, where: str) -> list[dict[str, Any]]:
             )
         read.append({"role": message["role"], "content": text_parts(message, where)})
     if not any(message["role"] == "assistant" for message in read):
-        raise ValueError(f"{where} has no message of the assistant, so nothing could be learnt from it.")
+        raise ValueError(f"{where} has no message of the assistant, so nothing could be learnt from it. Leave it out.")
     return read
 
 
@@ -105,7 +105,8 @@ def check_images_exist(dataset: Dataset, path: Path) -> None:
     for row in dataset.select_columns(["images", ROW]):
         if missing := [image["path"] for image in row["images"] if not os.path.isfile(image["path"])]:
             raise ValueError(
-                f"{path}, row {row[ROW]}: there is no image {', '.join(missing)}. Paths are relative to the data file."
+                f"{path}, row {row[ROW]}: there is no image {', '.join(missing)}. "
+                "Paths are relative to the data file; check them."
             )
 
 
@@ -118,9 +119,13 @@ def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                     continue
                 row = json.loads(text)
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, row {number} is not UTF-8 text: {error}.") from error
+                raise ValueError(
+                    f"{path}, row {number} is not UTF-8 text: {error}. Save the file as UTF-8."
+                ) from error
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, row {number} is not valid JSON: {error}.") from error
+                raise ValueError(
+                    f"{path}, row {number} is not valid JSON: {error}. Write one object per line."
+                ) from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, row {number} is {repr(row)[:80]}; expected an object.")
             yield number, row
@@ -145,7 +150,7 @@ def load_jsonl(path: str | Path) -> Dataset:
     path = Path(path).resolve()
     columns = dict.fromkeys(name for _, row in _json_rows(str(path)) for name in row)
     if not columns:
-        raise ValueError(f"{path} holds no rows.")
+        raise ValueError(f"{path} holds no rows. Write one JSON object per line.")
     extra = tuple(name for name in columns if name not in ("messages", "images", "image", ROW))
     features = Features(
         {"messages": MESSAGES, "images": IMAGES, ROW: Value("int64")} | {name: Json() for name in extra}
@@ -250,5 +255,5 @@ def open_image(image: Any, where: str) -> PILImage.Image:
         opened.load()
     except (OSError, SyntaxError, PILImage.DecompressionBombError) as error:
         name = stored.get("path") or "in the data"
-        raise ValueError(f"{where}: cannot read the image {name}: {error}.") from error
+        raise ValueError(f"{where}: cannot read the image {name}: {error}. Mend it, or leave the row out.") from error
     return opened

@@ -72,7 +72,7 @@ def _others(rows: list[int], images: list[list[Any]], seed: int) -> list[int]:
     if 2 * longest > len(rows):
         raise ValueError(
             f"Images cannot be shuffled: {longest} of {len(rows)} rows with {len(keys[rows[0]])} images have the "
-            "same ones."
+            "same ones. Give more rows with other images."
         )
     place = {key: draw.random() for key in runs}
     order = sorted(rows, key=lambda index: (place[keys[index]], draw.random()))
@@ -104,7 +104,7 @@ def generate_answers(
     was_training = model.training
     model.eval()
     answers = []
-    bar = host_logging.tqdm(total=len(dataset), desc="Answering", leave=False)
+    bar = host_logging.tqdm(total=len(dataset), desc="Answering", leave=False, disable=None)
     for rows in _batches(dataset, images, batch_size):
         inputs = {name: value.to(model.device) for name, value in collator.prompts(rows).items()}
         given = model.generate(

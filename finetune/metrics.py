@@ -80,7 +80,9 @@ class VQAExactMatch(evaluate.Metric):
         if groups is None:
             return share_correct(is_correct)
         if len(groups) != len(is_correct):
-            raise ValueError(f"groups has {len(groups)} entries, but there are {len(is_correct)} answers.")
+            raise ValueError(
+                f"groups has {len(groups)} entries, but there are {len(is_correct)} answers; give one per answer."
+            )
         by_group: dict[str, list[bool]] = {}
         for group, correct in zip(groups, is_correct, strict=True):
             by_group.setdefault(str(group), []).append(correct)

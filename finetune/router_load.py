@@ -26,7 +26,7 @@ def find_body(model: nn.Module) -> Any:
     for module in model.modules():
         if all(hasattr(module, name) for name in (*TOWERS.values(), "connector")):
             return module
-    raise ValueError(f"{type(model).__name__} holds no vlmoe model.")
+    raise ValueError(f"{type(model).__name__} holds no vlmoe model; give one.")
 
 
 def find_routers(body: Any) -> dict[Layer, list[RouterLosses]]:
@@ -155,9 +155,10 @@ class RouterLoad:
     def _counter(self, layer: Layer) -> Any:
         @torch.no_grad()
         def count(router: RouterLosses, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-            if not self._is_running:
+            num_experts, expert_TK, context = args[0].shape[-1], args[2], args[3]
+            # Without a context nothing is learnt: a reference's pass, or a blank image (`modeling_vlmoe.blank_image`).
+            if not self._is_running or (self.training_only and context is None):
                 return
-            num_experts, expert_TK = args[0].shape[-1], args[2]
             kind_T, mask_T = self._kinds(layer, expert_TK)
             cell_TK = kind_T[:, None] * num_experts + expert_TK
             count_ME = torch.bincount(cell_TK[mask_T].reshape(-1), minlength=2 * num_experts).view(2, num_experts)

@@ -1,6 +1,8 @@
 """What `vlmoe finetune` can be told beside `TrainingArguments`. No torch here: help reads these fields."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 SETTINGS_NAME = "finetune_settings.yaml"
@@ -8,6 +10,22 @@ METHODS: tuple[str, ...] = ("align", "lora")
 LORA_PARTS: tuple[str, ...] = ("text", "vision")
 LORA_TARGETS: tuple[str, ...] = ("attention", "experts", "mlp")
 DTYPES: tuple[str, ...] = ("auto", "float32", "bfloat16", "float16")
+
+# PEFT's own word, which a user may bring along.
+ALL_LINEAR = "all-linear"
+WHY_NOT_ALL_LINEAR = (
+    " PEFT's all-linear finds Linears only: it would miss the experts, which are stacks of weights, and the routers, "
+    "and hit layers of the ViT that never get a gradient. lora_targets=attention,experts,mlp, the default, is all "
+    "that can learn; train_routers and train_connector add routers and connector."
+)
+
+
+def nearest(words: Iterable[str], known: Iterable[str]) -> str:
+    """A hint at the known names nearest to unknown ones."""
+    hints = [
+        f"{near[0]!r} for {word!r}" for word in words if (near := get_close_matches(str(word), list(known), 1, 0.5))
+    ]
+    return f" Did you mean {', '.join(hints)}?" if hints else ""
 
 
 def option(default: Any, help: str) -> Any:
@@ -60,3 +78,19 @@ class FinetuneSettings:
     router_z_loss_coef: float | None = option(None, "Weight of the router z-loss, all parts; not given: the model's.")
     log_router_load: bool = option(True, "Whether the experts' load per layer is logged.")
     force: bool = option(False, "Whether an output folder that an earlier run has filled is emptied first.")
+
+
+def check_lora_words(settings: FinetuneSettings) -> None:
+    """Refuses unknown parts and targets.
+
+    Raises:
+        ValueError: saying which are known.
+    """
+    for name, known in (("lora_parts", LORA_PARTS), ("lora_targets", LORA_TARGETS)):
+        given = getattr(settings, name)
+        words = [given] if isinstance(given, str) else list(given)
+        unknown = [word for word in words if word not in known]
+        if isinstance(given, str) or not words or unknown:
+            hint = WHY_NOT_ALL_LINEAR if ALL_LINEAR in unknown else nearest(unknown, known)
+            expected = f"{', '.join(known)}{', as a list' if isinstance(given, str) else ''}"
+            raise ValueError(f"{name} is {given!r}; expected some of {expected}.{hint}")

@@ -15,9 +15,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from modeling_vlmoe.model_cards import write_card
+
 from .adapters import check_lora, prepare_model
 from .arguments import FinetuneArguments
-from .callbacks import log_router_load
+from .checkpoint_cards import CheckpointCards
 from .checkpoints import (
     check_base,
     check_processor,
@@ -30,7 +32,7 @@ from .checkpoints import (
 )
 from .collator import ChatCollator, check_rows
 from .data import load_chat_data
-from .loss_share import MicroBatchShare
+from .loss_follower import follow_trainer
 from .settings import SETTINGS_NAME
 
 logger = logging.getLogger(__name__)
@@ -155,13 +157,6 @@ def load_datasets(args: FinetuneArguments) -> tuple[Dataset, Dataset | None]:
     return train, None
 
 
-def add_callbacks(trainer: Trainer, args: FinetuneArguments) -> None:
-    """Our callbacks, one line each."""
-    trainer.add_callback(MicroBatchShare())
-    if args.log_router_load:
-        log_router_load(trainer)
-
-
 def check_datasets(args: FinetuneArguments, processor: Any, train: Dataset, test: Dataset | None) -> None:
     """Goes over all rows for what cannot be learnt, and for images that emptying the output folder would delete.
 
@@ -204,7 +199,8 @@ def build_trainer(
         processing_class=processor,
         compute_metrics=compute_metrics,
     )
-    add_callbacks(trainer, args)
+    follow_trainer(trainer, args.log_router_load)
+    trainer.add_callback(CheckpointCards(args, len(train_dataset)))
     return trainer
 
 
@@ -253,9 +249,12 @@ def finetune(args: FinetuneArguments) -> Path:
     logger.info("Training %d of %d parameters.", *count_parameters(trainer.model))
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
-        save_finetuned(trainer.accelerator.unwrap_model(trainer.model), processor, folder, args)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        save_finetuned(model, processor, folder, args, len(train), trainer.state)
     if test is not None:
         trainer.save_metrics("eval", trainer.evaluate())
+        if trainer.is_world_process_zero():
+            write_card(folder)
     if args.method == "lora" and args.merge and trainer.is_world_process_zero():
         shutil.rmtree(folder / MERGED, ignore_errors=True)
         merge_adapter(folder, folder / MERGED, dtype=args.dtype, trust_remote_code=args.trust_remote_code)

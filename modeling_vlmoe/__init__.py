@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .logs import follow_host
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -78,5 +80,6 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
+follow_host()
 if Path(sys.argv[0] if sys.argv else "").name not in ("vlmoe", "vlmoe.exe"):
     register()

@@ -17,6 +17,8 @@ import typer
 from modeling_vlmoe.conversion.arguments import UpcycleArguments
 from modeling_vlmoe.finetune.command import run_finetune, settings_help
 from modeling_vlmoe.finetune.demo.command import run_demo_command
+from modeling_vlmoe.logs import hide_bars, set_verbosity
+from modeling_vlmoe.push_arguments import PushArguments
 from modeling_vlmoe.recipe_files import read_recipe
 
 FAILED, USER_ERROR = 1, 2
@@ -42,19 +44,31 @@ app = typer.Typer(
 
 
 @app.callback()
-def root() -> None:
-    """Keeps sub-commands sub-commands, however few there are."""
+def root(
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, help="Say more; -vv: transformers too.", show_default=False)
+    ] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No warnings, no progress bars.")] = False,
+) -> None:
+    """The choices of every command; also keeps sub-commands sub-commands, however few there are."""
+    set_verbosity(verbose, quiet)
+    hide_bars(quiet)
 
 
 def flag_parameters(settings: type) -> list[inspect.Parameter]:
-    """One optional flag per field of a settings dataclass, and `--recipe`. What is not given is None."""
+    """One optional flag per field of a settings dataclass (a word where the field says `is_argument`), and `--recipe`.
+
+    What is not given is None.
+    """
     parameters = []
     for item in fields(settings):
         flag = item.name.replace("_", "-")
         kind = next(kind for name, kind in FLAG_TYPES.items() if name in str(item.type))
         names = [f"--{flag}/--no-{flag}"] if kind is bool else [f"--{flag}"]
         default = "" if item.default is None or kind is bool else f" [default: {item.default}]"
-        option = typer.Option(*names, help=item.metadata["help"] + default, show_default=False)
+        option: Any = typer.Option(*names, help=item.metadata["help"] + default, show_default=False)
+        if item.metadata.get("is_argument"):
+            option = typer.Argument(help=item.metadata["help"], show_default=False)
         annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
         parameters.append(
             inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -130,6 +144,19 @@ def describe_result(output: Any) -> str:
         f"standard deviations (limit {proof['largest_gap_limit']:.1e})\n"
         f"{''.join(rounded)}receipt: {RECEIPT_NAME}"
     )
+
+
+@command("push", PushArguments)
+def run_push(args: PushArguments) -> None:
+    """Push a model or an adapter to the Hub, with its processor, code, receipt and card.
+
+    It is checked first that others can load it. Nothing that others have added to the repository is removed.
+    """
+    from modeling_vlmoe import register
+    from modeling_vlmoe.push import push
+
+    register()
+    typer.echo(push(args))
 
 
 app.command("finetune", epilog=settings_help())(run_finetune)

@@ -137,7 +137,8 @@ def num_feature_layers(config: "VLMoEConfig") -> int:
     if not indices or any(not -depth - 1 <= index <= depth for index in indices):
         raise ValueError(
             f"vision_feature_layer is {chosen}, but the vision tower has {depth} layers, so its hidden states are "
-            f"{-depth - 1} to {depth} (0 is the embeddings, {depth} or -1 the last layer's output)."
+            f"{-depth - 1} to {depth} (0 is the embeddings, {depth} or -1 the last layer's output). "
+            "Choose among these."
         )
     return max(index % (depth + 1) for index in indices)
 
@@ -187,7 +188,7 @@ def _check_layers(part: str, layers: Iterable[int], num_layers: int, num_useful:
     """The layers in order, each of them in the tower and, for a ViT, of use to the connector."""
     chosen = sorted(layers)
     if len(set(chosen)) != len(chosen):
-        raise ValueError(f"{part}_moe.layers names a layer twice: {chosen}.")
+        raise ValueError(f"{part}_moe.layers names a layer twice: {chosen}. Name each once.")
     if not chosen:
         raise ValueError(
             f"{part}_moe.layers is empty; name at least one layer, or give {part}_moe=None for a dense part."
@@ -196,7 +197,7 @@ def _check_layers(part: str, layers: Iterable[int], num_layers: int, num_useful:
         raise ValueError(
             f"{part}_moe.layers asks for layers {unknown}, but the {part} tower has {num_layers} (0 to "
             f"{num_layers - 1}). "
-            "Layers are counted from 0."
+            "Layers are counted from 0; name others."
         )
     if beyond := [layer for layer in chosen if layer >= num_useful]:
         raise ValueError(
@@ -260,6 +261,11 @@ class VLMoEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         kwargs.pop("auto_map", None)
+        for name in ("text_config", "vision_config"):
+            if not isinstance(given := getattr(self, name), (dict, PreTrainedConfig, type(None))):
+                raise ValueError(
+                    f"{name} is {given!r}; expected a dense tower's configuration, or a dict of its fields."
+                )
         # The experts' fields are written on text_config: the caller's dense configuration stays as it was.
         self.text_config, self.vision_config = deepcopy(self.text_config), deepcopy(self.vision_config)
         super().__post_init__(**kwargs)

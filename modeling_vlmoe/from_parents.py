@@ -21,11 +21,13 @@ def load_parents(vision_model_name_or_path: str, text_model_name_or_path: str, *
     vision = AutoModel.from_pretrained(vision_model_name_or_path, **kwargs)
     vision = getattr(vision, "vision_model", vision)
     if vision.main_input_name != "pixel_values":
-        raise ValueError(f"{vision_model_name_or_path} is a {vision.config.model_type}, which does not read images.")
+        raise ValueError(
+            f"{vision_model_name_or_path} is a {vision.config.model_type}, which does not read images. Give a ViT."
+        )
     if declared := sparse_fields(text.config):
         raise ValueError(
             f"{text_model_name_or_path} is a {text.config.model_type}, which is sparse already (it declares "
-            f"{', '.join(declared)}); upcycling starts from a dense LLM."
+            f"{', '.join(declared)}); upcycling starts from a dense LLM. Give one."
         )
     # A checkpoint holds one dtype, and would widen the LLM to a float32 ViT's.
     return text, vision.to(text.dtype)

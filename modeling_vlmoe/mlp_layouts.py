@@ -115,7 +115,7 @@ def find_layout(mlp: nn.Module, where: str) -> MLPLayout:
         raise ValueError(
             f"{where} ({type(mlp).__name__}) has the Linear children {sorted(linears)}, which match none of the "
             "known MLP layouts: "
-            f"{'; '.join(map(str, LAYOUTS))}."
+            f"{'; '.join(map(str, LAYOUTS))}. Leave this layer out of `layers`, or add its layout to LAYOUTS."
         )
     extra = {
         name: child

@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 
-from .configuration_vlmoe import VLMoEConfig
+from .adapter_warnings import warn_of_adapters
+from .blank_image import encode_nothing, needs_blank_image
+from .companions import read_companions, replace_host_card, write_companions
+from .configuration_vlmoe import PARTS, VLMoEConfig
 from .connector import VLMoEConnector
 from .from_parents import adopt_parents, load_parents
 from .model_outputs import (
@@ -22,7 +26,7 @@ from .model_outputs import (
     VLMoESequenceClassifierOutputWithPast,
 )
 from .recorders import install_recorders, make_recorders_picklable, register_recorders
-from .router_losses import RouterContext, follow_loss, weighted_mean
+from .router_losses import FollowedLoss, RouterContext, follow_loss, warn_unfollowed, weighted_mean
 from .towers import (
     apply_head_maths,
     context_kwargs,
@@ -34,8 +38,13 @@ from .towers import (
 
 
 class VLMoEPreTrainedModel(PreTrainedModel):
-    """What all heads share."""
+    """What all heads share.
 
+    Attributes:
+        companions: texts that travel with the weights, by file name (see companions.py).
+    """
+
+    companions: dict[str, str] = {}
     config: VLMoEConfig
     config_class = VLMoEConfig
     base_model_prefix = "model"
@@ -57,6 +66,27 @@ class VLMoEPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         init_sparse_weights(module, self.config.initializer_range)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As the host does; the receipt, the history and the card are read too."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if pretrained_model_name_or_path is not None:
+            model.companions = read_companions(pretrained_model_name_or_path, **kwargs)
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """As the host does; the receipt, the history and the card are written where the folder has none."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if self.should_save_on_this_rank(is_main_process):
+            write_companions(self.companions, save_directory)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        # Both of the host's ways to push end here (transformers 5.23).
+        write_companions(self.companions, working_dir)
+        replace_host_card(self.companions, working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         make_recorders_picklable(self)
@@ -83,11 +113,15 @@ class VLMoEModel(VLMoEPreTrainedModel):
         config: the configuration; `vision_feature_select_strategy` is resolved in it where it was None.
 
     Attributes:
-        micro_batch_share: the weight of one micro-batch's router losses under a trainer that makes its own loss, that
-            is 1 / accumulation steps.
+        micro_batch_share: the weight of one micro-batch's router losses, that is 1 / accumulation steps, where a
+            training loop makes its own loss; None where nobody has said.
+        followed: the loss that a trainer makes while it makes it (`modeling_vlmoe.finetune.follow_trainer`).
+        warns_of_adapters: whether the first training pass warns of an adapter around the model that cannot be meant.
     """
 
-    micro_batch_share: float = 1.0
+    micro_batch_share: float | None = None
+    followed: FollowedLoss | None = None
+    warns_of_adapters: bool = True
 
     def __init__(self, config: VLMoEConfig):
         config.check_experts()
@@ -150,11 +184,12 @@ class VLMoEModel(VLMoEPreTrainedModel):
         if not kwargs.get("output_hidden_states"):
             kwargs["output_hidden_states"] = layers  # only these are kept
         if self.config.vision_moe is not None:
-            kwargs |= context_kwargs(router_context)
+            kwargs |= context_kwargs(router_context and router_context.of("vision"))
         outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
         first = 1 if vision_feature_select_strategy == "default" else 0
         features = torch.cat([outputs.hidden_states[layer][:, first:] for layer in layers], dim=-1)
-        embeddings, logits, losses = self.connector(features.to(self.connector.dtype), router_context)
+        connector_context = router_context and router_context.of("connector")
+        embeddings, logits, losses = self.connector(features.to(self.connector.dtype), connector_context)
         outputs.pooler_output = list(embeddings)
         if logits is not None:
             outputs["connector_router_logits"] = (logits,)
@@ -206,17 +241,23 @@ class VLMoEModel(VLMoEPreTrainedModel):
         Args:
             attention_mask: (batch, sequence), 1 for real tokens.
             share: this micro-batch's share of the optimizer step, where it is known.
-            has_loss: whether the task loss is computed by the model, so that it shows what a trainer does to it; where
-                it is not, `micro_batch_share` is what the trainer's callback says it does.
+            has_loss: whether the task loss is computed by the model, so that it shows what a trainer does to it.
         """
-        has_experts = any(self.config.moe(part) is not None for part in ("text", "vision", "connector"))
-        if not (self.training and has_experts and torch.is_grad_enabled()):
+        moes = {part: self.config.moe(part) for part in PARTS}
+        sparse = {part: moe for part, moe in moes.items() if moe is not None}  # dynamo takes no walrus in here
+        if not (self.training and sparse and torch.is_grad_enabled()):
             return None
+        warn_of_adapters(self)
         context = RouterContext(loss_scale=torch.ones((), device=self.device))
+        context.parts = {part: (moe.router_aux_loss_coef, moe.router_z_loss_coef) for part, moe in sparse.items()}
         if share is not None:
             context.share = share
+        elif not has_loss and self.followed is not None:
+            context.loss_scale = self.followed.add_pass()
         elif not has_loss:
-            context.share = torch.tensor(self.micro_batch_share, device=self.device)
+            if self.micro_batch_share is None:
+                warn_unfollowed()
+            context.share = torch.tensor(self.micro_batch_share or 1.0, device=self.device)
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             context.token_mask = attention_mask.bool()
         return context
@@ -282,17 +323,21 @@ class VLMoEModel(VLMoEPreTrainedModel):
                 pixel_values,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
-                router_context=router_context and router_context.without_mask(),
+                router_context=router_context,
                 output_router_logits=output_router_logits,
                 return_dict=True,
             )
+        nothing = encode_nothing(self) if image is None and needs_blank_image(self, past_key_values) else None
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_features = None
         if image is not None:
             inputs_embeds, image_features = self._insert_images(input_ids, inputs_embeds, image["pooler_output"])
+        if nothing is not None:
+            inputs_embeds = inputs_embeds + nothing.to(inputs_embeds)
         if self.config.text_moe is not None:
-            kwargs |= context_kwargs(router_context) | {"output_router_logits": output_router_logits}
+            text_context = router_context and router_context.of("text")
+            kwargs |= context_kwargs(text_context) | {"output_router_logits": output_router_logits}
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -384,6 +429,10 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
             model = cls(config)
         adopt_parents(model, text, vision, experts_implementation)
         return model.eval()
+
+    def _supports_mm_encoder_outputs(self) -> bool:
+        # `generate` encodes images before forward, where FSDP has not gathered the tower's weights yet.
+        return not isinstance(self, FSDPModule)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

@@ -17,6 +17,8 @@ import copy
 import logging
 import os
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from PIL import Image
 from transformers.image_utils import is_valid_image, load_image
@@ -39,6 +41,8 @@ def _load_image(source: Any) -> Any:
     """One image, upright and in RGB where PIL holds it; arrays and tensors pass as they are."""
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
+    if isinstance(source, str) and source.startswith("file:"):  # the host reads http(s), data and plain paths
+        source = url2pathname(urlsplit(source).path)
     if not isinstance(source, (str, Image.Image)):
         if is_valid_image(source) and source.ndim in (3, 4):
             return source
@@ -65,6 +69,13 @@ def _load_images(images: Any) -> Any:
     if isinstance(images, (list, tuple)):
         return [_load_images(image) for image in images]
     return _load_image(images)
+
+
+def _without_none(images: Any) -> Any:
+    """Samples' lists of images where None stands for none, as in an Arrow column or in TRL's GRPO trainer (1.16)."""
+    if isinstance(images, (list, tuple)) and any(isinstance(sample, (list, tuple)) for sample in images):
+        return [[] if sample is None else sample for sample in images]
+    return images
 
 
 def _count_leaves(images: Any) -> int:
@@ -214,13 +225,14 @@ class VLMoEProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Loads images early, so that an unreadable one is named."""
         if images is not None:
+            images = _without_none(images)
             images = _load_images(images) if _count_leaves(images) else None
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """The host's checks, and the counts of each sample: the host compares the batch's sums only."""
         if videos is not None or audio is not None:
-            raise ValueError("VLMoEProcessor takes text and images, not videos or audio.")
+            raise ValueError("VLMoEProcessor takes text and images, not videos or audio. Leave them out.")
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
         is_nested = isinstance(images, (list, tuple)) and all(isinstance(sample, (list, tuple)) for sample in images)
         if text is None or not is_nested or len(images) != len(text):

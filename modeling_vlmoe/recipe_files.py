@@ -18,11 +18,11 @@ def read_recipe(path: str | Path, alternatives: str = "") -> dict[str, Any]:
 
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"There is no recipe {path}{alternatives}.")
+        raise ValueError(f"There is no recipe {path}{alternatives}. Check the path.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise ValueError(f"{path} is not valid YAML. Mend this: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a mapping of settings to values.")
+        raise ValueError(f"{path} is not a mapping of settings to values. Write one `name: value` per line.")
     return values

@@ -3,7 +3,8 @@
 A trainer may never look at the loss that `forward` returns (TRL rebuilds it from the base model's outputs), so the
 losses are attached where they arise: an identity on the routing weights whose backward adds the losses' gradient. The
 gradient is scaled by what the trainer does to the task loss (fp16's scaler, a division by accumulation steps), which
-`follow_loss` observes when the task loss itself passes through the model.
+`follow_loss` observes on that loss: in the model where it computes the loss itself, else in the trainer
+(`modeling_vlmoe.finetune.follow_trainer`).
 
 Definition (MATHS 4), per sparse layer, micro-batch and process, padding left out: T real tokens, E experts, K chosen
 per token, p = softmax(router logits), F_i = assignments to expert i / (T K), P_i = mean of p_i:
@@ -12,11 +13,14 @@ per token, p = softmax(router logits), F_i = assignments to expert i / (T K), P_
     z       = mean of logsumexp(logits)^2     (ST-MoE, 2202.08906, eq. 5)
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 def _one() -> Tensor:
@@ -31,15 +35,21 @@ class RouterContext:
         token_mask: (batch, sequence), true for real tokens; None where all are real.
         share: this micro-batch's share of the optimizer step, a scalar; losses are averaged over micro-batches by it.
         loss_scale: what backward multiplied the task loss by, a scalar that `follow_loss` fills in during backward.
+        parts: each sparse part's (balance, z) coefficients, read off the configuration for this pass: trainers write
+            them, and a module may be a copy (PEFT's `modules_to_save`), as would be a configuration that it held.
+        coefficients: those of the part that the context was handed to.
     """
 
     token_mask: Tensor | None = None
     share: Tensor = field(default_factory=_one)
     loss_scale: Tensor = field(default_factory=_one)
+    parts: dict[str, tuple[float, float]] = field(default_factory=dict)
+    coefficients: tuple[float, float] = (0.0, 0.0)
 
-    def without_mask(self) -> "RouterContext":
-        """The same for images, of which every token is real."""
-        return RouterContext(share=self.share, loss_scale=self.loss_scale)
+    def of(self, part: str) -> "RouterContext":
+        """The context as "text", "vision" or "connector" gets it; of images every token is real."""
+        mask = self.token_mask if part == "text" else None
+        return replace(self, token_mask=mask, coefficients=self.parts.get(part, (0.0, 0.0)))
 
 
 def balance_loss(probability_TE: Tensor, expert_TK: Tensor, mask_T: Tensor) -> Tensor:
@@ -83,32 +93,72 @@ class _FollowLoss(torch.autograd.Function):
     """The identity on the task loss; its backward notes what the trainer multiplied the loss by."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, loss_scale: Tensor) -> Tensor:
-        ctx.loss_scale = loss_scale
+    def forward(ctx: Any, loss: Tensor, loss_scale: Tensor, share: Tensor | None) -> Tensor:
+        ctx.loss_scale, ctx.share = loss_scale, share
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.loss_scale.copy_(gradient.detach())
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.loss_scale.copy_(gradient.detach() if ctx.share is None else gradient.detach() * ctx.share)
+        return gradient, None, None
 
 
 def follow_loss(loss: Tensor, context: RouterContext | None) -> Tensor:
     """The task loss, watched: the attached losses are scaled in backward as the trainer scales this one."""
-    return loss if context is None else _FollowLoss.apply(loss, context.loss_scale)
+    return loss if context is None else _FollowLoss.apply(loss, context.loss_scale, None)
+
+
+class FollowedLoss:
+    """A loss that a trainer makes itself, out of one or several passes of the model.
+
+    Args:
+        device: where the model is.
+
+    Attributes:
+        loss_scale: what the passes' contexts share; filled in during backward.
+        num_passes: how many passes in training the loss was made of; they weigh alike.
+    """
+
+    def __init__(self, device: torch.device):
+        self.loss_scale = torch.ones((), device=device)
+        self.num_passes = 0
+
+    def add_pass(self) -> Tensor:
+        """Counts a pass; gives what its context watches."""
+        self.num_passes += 1
+        return self.loss_scale
+
+    def follow(self, loss: Tensor, share: Tensor | float) -> Tensor:
+        """The loss, watched.
+
+        Args:
+            loss: what the trainer has made.
+            share: the micro-batch's share of the optimizer step, where what the trainer does to the loss does not say.
+        """
+        return _FollowLoss.apply(loss, self.loss_scale, torch.as_tensor(share) / max(self.num_passes, 1))
+
+
+def warn_unfollowed() -> None:
+    """Says once that nothing tells the router losses what a trainer does to its own loss."""
+    if not torch.compiler.is_compiling():
+        logger.warning_once(
+            "The model is trained by a loss that it does not compute (forward got no labels). Its router losses reach "
+            "the routers, but do not follow gradient accumulation or fp16 loss scaling. With a trainer (TRL's, "
+            "compute_loss_func, label_smoothing_factor) add one line before train(): "
+            "`from modeling_vlmoe.finetune import follow_trainer; follow_trainer(trainer)`. In a loop of your own set "
+            "`micro_batch_share` of the VLMoEModel (`model.model`) to 1 / accumulation steps."
+        )
 
 
 class RouterLosses(nn.Module):
     """Computes one layer's losses and attaches them; a module of its own so that the host's output recorder finds it.
 
     Args:
-        moe: the part's `MoEConfig`; its coefficients are read at every call, since trainers write them.
         num_layers: sparse layers of the part; the part's loss is the mean over them.
     """
 
-    def __init__(self, moe: Any, num_layers: int):
+    def __init__(self, num_layers: int):
         super().__init__()
-        self.moe = moe
         self.num_layers = num_layers
 
     def forward(
@@ -143,7 +193,8 @@ class RouterLosses(nn.Module):
         reported = torch.stack([balance, z]).detach()
         if not is_trained:
             return logits_TE.detach(), weight_TK, reported
-        weighted = self.moe.router_aux_loss_coef * balance + self.moe.router_z_loss_coef * z
+        balance_weight, z_weight = context.coefficients
+        weighted = balance_weight * balance + z_weight * z
         share = context.share.to(weighted.device)
         weight_TK = _Attach.apply(weight_TK, weighted * share / self.num_layers, context.loss_scale)
         return logits_TE.detach(), weight_TK, reported

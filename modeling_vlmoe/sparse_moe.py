@@ -231,7 +231,7 @@ class SparseMoE(nn.Module):
         # The host's decorator sets these two after __init__, per class; here gate and bias differ per instance.
         self.experts.has_gate, self.experts.has_bias = self.experts.is_gated, self.experts.is_biased
         self.router = Router(width, moe).to(self.experts.down_proj.device)
-        self.losses = RouterLosses(moe, num_layers)
+        self.losses = RouterLosses(num_layers)
         self.context: RouterContext | None = None
 
     def routed(self, hidden_states: Tensor, context: RouterContext | None) -> tuple[Tensor, Tensor, Tensor | None]:

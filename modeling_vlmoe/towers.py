@@ -73,7 +73,7 @@ def tower_layers(tower: nn.Module) -> tuple[str, nn.ModuleList]:
             return path, layers
     raise ValueError(
         f"{type(tower).__name__} has no list of layers under any of the names {', '.join(LAYER_LISTS)}; it cannot "
-        "carry experts."
+        "carry experts. Leave this part dense."
     )
 
 
@@ -95,11 +95,16 @@ def find_dense_mlp(tower: nn.Module, index: int) -> DenseMLP:
         )
     mlp = getattr(layer, names[0])
     if isinstance(mlp, SparseMoE) or hasattr(mlp, "experts"):
-        raise ValueError(f"{type(tower).__name__}: {where}.{names[0]} is sparse already ({type(mlp).__name__}).")
+        raise ValueError(
+            f"{type(tower).__name__}: {where}.{names[0]} is sparse already ({type(mlp).__name__}). "
+            "Leave this layer out of `layers`, or give a dense tower."
+        )
     try:
         layout = find_layout(mlp, f"{where}.{names[0]}")
     except ValueError as error:
-        raise ValueError(f"{type(tower).__name__}: {where} has no MLP that matches: {error}") from error
+        raise ValueError(
+            f"{type(tower).__name__}: {where} has no MLP that matches: {error} Leave this layer out of `layers`."
+        ) from error
     return DenseMLP(f"{where}.{names[0]}", layer, names[0], layout)
 
 

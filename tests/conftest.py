@@ -7,7 +7,11 @@ import os
 import tempfile
 
 _CACHE = tempfile.mkdtemp(prefix="vlmoe-tests-")
+_HOME = os.path.join(_CACHE, "home")  # what slips past the variables below lands here, and is found at the end
+os.makedirs(_HOME)
 os.environ |= {
+    "HOME": _HOME,
+    "USERPROFILE": _HOME,
     "HF_HUB_OFFLINE": "1",
     "HF_HOME": _CACHE,
     "HF_MODULES_CACHE": os.path.join(_CACHE, "modules"),
@@ -22,16 +26,23 @@ import logging
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from tests.hub_server import Hub
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _caches():
+    """The one cache of the run; a file in the home's own means that somebody's real one would have been written to."""
+    transformers.utils.logging.enable_propagation()  # so that `caplog` sees transformers and us
     yield
+    strays = [path for path in Path(_HOME).rglob("*huggingface*/**/*") if path.is_file()]
     shutil.rmtree(_CACHE, ignore_errors=True)
+    assert not strays, strays
 
 
 @pytest.fixture(autouse=True)
@@ -63,18 +74,41 @@ def _no_deprecated_use():
 
 
 @pytest.fixture
-def run_without_package(tmp_path):
-    """Runs Python code in a process that cannot import `modeling_vlmoe`, from an empty folder.
+def run_python(tmp_path):
+    """Runs Python code in a process of its own, from an empty folder, with caches of its own.
 
-    Returns what it printed.
+    `run(code, env, without_package=True)` keeps it from importing `modeling_vlmoe`; `fails=True` expects it to fail,
+    and returns what it said on its way out instead of what it printed. What clients of the Hub read from the
+    environment goes into `env` (`hub.env()`); `home` names another set of caches.
     """
-    blocker = "import sys; sys.modules['modeling_vlmoe'] = None\n"
 
-    def run(code: str) -> str:
+    def run(code, env=None, *, without_package=False, fails=False, home="home", arguments=()):
+        blocker = "import sys; sys.modules['modeling_vlmoe'] = None\n" if without_package else ""
+        caches = {"HF_HOME": str(tmp_path / home), "HF_MODULES_CACHE": str(tmp_path / home / "modules")}
+        folder = tmp_path / "elsewhere"
+        folder.mkdir(exist_ok=True)
         done = subprocess.run(
-            [sys.executable, "-c", blocker + code], cwd=tmp_path, capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", blocker + code, *map(str, arguments)],
+            cwd=folder,
+            env=os.environ | caches | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+        assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stderr if fails else done.stdout
 
     return run
+
+
+@pytest.fixture
+def run_without_package(run_python):
+    """Runs Python code in a process that cannot import `modeling_vlmoe`; returns what it printed."""
+    return lambda code: run_python(code, without_package=True)
+
+
+@pytest.fixture
+def hub():
+    """A Hub on this machine (see `hub_server.py`), empty."""
+    with Hub.running() as running:
+        yield running

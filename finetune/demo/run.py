@@ -178,11 +178,15 @@ def run_demo(
         told("running " + " | ".join(" + ".join(stages) for stages in lanes))
         run_phase(lanes, root, settings)
     check_reloads(root, told)
+    from .card import write_demo_card
     from .report import summary
+    from .stages import TUNED
+
+    write_demo_card(root, settings)
 
     text = summary(root)
     say(f"\nHeld-out questions and the tuned model's answers:\n{sample_answers(root)}\n\n{text}")
     (root / "results.txt").write_text(text + "\n", encoding="utf-8")
-    say(f"\nPicture: {root / 'demo.png'}; model: {root / 'sparse/tuned/merged'}")
+    say(f"\nPicture: {root / 'demo.png'}; model: {root / TUNED}")
     told("done")
     return root

@@ -29,6 +29,7 @@ from ..arguments import parse_settings, read_recipe
 from ..data import load_chat_data
 from ..evaluation import evaluate_vqa, majority_baseline
 from ..train import finetune
+from .parent_cards import write_parent_card
 from .parents import pretrain_text, pretrain_vision
 from .picture import draw_picture
 from .routing import routing_report
@@ -40,6 +41,7 @@ DATA, BLIND = "data", "blind"
 TEXT_PARENT, VISION_PARENT = "parents/text", "parents/vision"
 EVAL_BATCH = 200
 MAX_ANSWER_TOKENS = 4
+TUNED = "sparse/tuned/merged"  # the result
 
 
 def read_result(root: Path, stage: str) -> dict[str, Any]:
@@ -53,11 +55,15 @@ def load_model(folder: Path) -> tuple[Any, Any]:
 
 
 def make_text(root: Path, settings: DemoSettings) -> dict[str, Any]:
-    return {"accuracy": pretrain_text(root / TEXT_PARENT, settings)}
+    accuracy = pretrain_text(root / TEXT_PARENT, settings)
+    write_parent_card(root / TEXT_PARENT, "A small LLM")
+    return {"accuracy": accuracy}
 
 
 def make_vision(root: Path, settings: DemoSettings) -> dict[str, Any]:
-    return {"accuracy": pretrain_vision(root / VISION_PARENT, settings)}
+    accuracy = pretrain_vision(root / VISION_PARENT, settings)
+    write_parent_card(root / VISION_PARENT, "A small ViT")
+    return {"accuracy": accuracy}
 
 
 def make_data(root: Path, settings: DemoSettings) -> dict[str, Any]:
@@ -205,7 +211,7 @@ def contest(name: str) -> Callable[[Path, DemoSettings], dict[str, Any]]:
 
 def judge_shuffled(root: Path, settings: DemoSettings) -> dict[str, Any]:
     """The trained sparse model with every question beside another question's picture."""
-    model, processor = load_model(root / "sparse/tuned/merged")
+    model, processor = load_model(root / TUNED)
     test = load_chat_data(root / DATA / "test.jsonl")
     kwargs: dict[str, Any] = {"batch_size": EVAL_BATCH, "max_new_tokens": MAX_ANSWER_TOKENS}
     accuracy = evaluate_vqa(model, processor, test, shuffle_images=True, seed=settings.seed, **kwargs)
@@ -214,7 +220,7 @@ def judge_shuffled(root: Path, settings: DemoSettings) -> dict[str, Any]:
 
 def report_routing(root: Path, settings: DemoSettings) -> dict[str, Any]:
     """Where the tokens went, how alike the experts are, and the picture of both."""
-    model, processor = load_model(root / "sparse/tuned/merged")
+    model, processor = load_model(root / TUNED)
     test = load_chat_data(root / DATA / "test.jsonl")
     report = routing_report(model, processor, test.select(range(min(EVAL_BATCH, len(test)))))
     predictions = read_result(root, "sparse")["accuracy"]["predictions"]

@@ -1,9 +1,8 @@
-"""The command as a user runs it."""
+"""`vlmoe upcycle` as a user runs it."""
 
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,20 +12,6 @@ VLMOE = [sys.executable, "-c", "import sys; sys.argv[0] = 'vlmoe'; from modeling
 
 def vlmoe(*args):
     return subprocess.run([*VLMOE, *map(str, args)], capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.parametrize("command", [["--help"], ["upcycle", "--help"]], ids=" ".join)
-def test_help_is_fast_and_needs_no_torch(command):
-    blocked = [
-        sys.executable,
-        "-c",
-        "import sys; sys.modules['torch'] = None; sys.argv[0] = 'vlmoe'\n" + VLMOE[2].split("; ", 2)[2],
-    ]
-    start = time.perf_counter()
-    done = subprocess.run([*blocked, *command], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "upcycle" in done.stdout
-    assert time.perf_counter() - start < 2
 
 
 def test_every_setting_has_a_flag_with_help():

@@ -371,7 +371,7 @@ def test_raises_when_a_vlm_parent_contradicts_itself(refuses, dense_vlm, tmp_pat
 
 
 def test_raises_when_a_vlmoe_model_is_given_as_llm(refuses, upcycled):
-    refuses("is a vlmoe model; a dense one is given as --vlm-model", text_model=upcycled)
+    refuses("is a vlmoe model; give a dense one as --vlm-model", text_model=upcycled)
 
 
 def test_raises_when_the_output_would_overwrite_a_parent(arguments, copied):

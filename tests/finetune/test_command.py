@@ -29,6 +29,7 @@ def test_command_trains_and_says_where(vlmoe, base, pictures, tmp_path):
     given = [f"model={base}", f"data={pictures / 'test.jsonl'}", "output_dir=out", "max_steps=1", "use_cpu=true"]
     code, said, errors = vlmoe("lora", *given)
     assert code == 0, errors
+    assert "it/s" not in said + errors, "a progress bar where nobody watches"
     assert said.strip().splitlines()[-1] == "out: done; settings in finetune_settings.yaml"
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert any((tmp_path / "out" / "runs").rglob("events.out.tfevents*"))

@@ -1,5 +1,6 @@
 """The Auto classes and the pipeline: with the package, and in a process that cannot import it."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -66,24 +67,32 @@ def test_auto_classes_load_body_processor_and_classifier(saved):
 
 @pytest.mark.parametrize("trust", [True, False, None])
 def test_the_package_comes_before_remote_code(saved, trust):
+    model = AutoModel.from_pretrained(saved, trust_remote_code=trust)
+    assert type(model) is VLMoEModel
+    assert type(model.config) is modeling_vlmoe.VLMoEConfig
     assert type(AutoConfig.from_pretrained(saved, trust_remote_code=trust)) is modeling_vlmoe.VLMoEConfig
-    assert type(AutoModel.from_pretrained(saved, trust_remote_code=trust)) is VLMoEModel
+    assert type(AutoProcessor.from_pretrained(saved, trust_remote_code=trust)) is VLMoEProcessor
+    for auto_class in GENERATION_CLASSES:
+        assert type(auto_class.from_pretrained(saved, trust_remote_code=trust)) is VLMoEForConditionalGeneration
 
 
-@pytest.mark.parametrize("kind", ["PIL", "path"])
+@pytest.mark.parametrize("kind", ["PIL", "path", "Path", "url", "base64"])
 def test_pipeline_answers_a_chat_with_an_image(saved, tmp_path, kind, caplog):
-    image = Image.new("RGB", (40, 30), "red")
-    image.save(tmp_path / "red.png")
-    chat = [
-        {
-            "role": "user",
-            "content": [{"type": "image", "image": image if kind == "PIL" else str(tmp_path / "red.png")}],
-        }
-    ]
-    chat[0]["content"].append({"type": "text", "text": "what colour is the shape?"})
-    answer = pipeline("image-text-to-text", model=str(saved))(text=chat, max_new_tokens=3, return_full_text=False)
+    image, path = Image.new("RGB", (40, 30), "red"), tmp_path / "red shape.png"
+    image.save(path)
+    encoded = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    sources = {"PIL": image, "path": str(path), "Path": path, "url": path.as_uri(), "base64": encoded}
+    key = "url" if kind == "url" else "image"
+    text = {"type": "text", "text": "what colour is the shape?"}
+    chat = [{"role": "user", "content": [{"type": "image", key: sources[kind]}, text]}]
+    with caplog.at_level("INFO"):
+        answer = pipeline("image-text-to-text", model=str(saved))(text=chat, max_new_tokens=3, return_full_text=False)
     assert isinstance(answer[0]["generated_text"], str)
     assert "not supported" not in caplog.text
+    again = [{"role": "user", "content": [{"type": "image", "image": image}, text]}]
+    encode = AutoProcessor.from_pretrained(saved).apply_chat_template
+    found, wanted = (encode(one, tokenize=True, return_dict=True, return_tensors="pt") for one in (chat, again))
+    torch.testing.assert_close(found["pixel_values"], wanted["pixel_values"], atol=0, rtol=0)
 
 
 def test_text_generation_pipeline_works_without_images(saved):
@@ -95,6 +104,8 @@ REMOTE = """
 import torch
 from transformers import AutoModelForImageTextToText, AutoModel, AutoProcessor, AutoConfig, pipeline
 folder = {folder!r}
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+assert type(config).__module__.startswith("transformers_modules"), type(config)
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 expected = torch.load({expected!r})
 assert torch.equal(model(**expected["inputs"]).logits, expected["logits"])

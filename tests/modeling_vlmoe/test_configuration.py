@@ -1,7 +1,9 @@
 import copy
 import pickle
+import re
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from modeling_vlmoe import MoEConfig, VLMoEConfig
@@ -94,6 +96,24 @@ def test_copies_read_their_own_text_config(again):
 def test_raises_when_a_field_cannot_be_built(fields, message):
     with pytest.raises(ValueError, match=message):
         sparse_config(**({"text_moe": None, "vision_moe": None, "connector_moe": None} | fields))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vision_feature_select_strategy", "middle"),
+        ("vision_feature_layer", "last"),
+        ("connector_bias", "yes"),
+        ("connector_hidden_act", 3),
+        ("image_token_id", "<image>"),
+        ("text_config", 7),
+        ("vision_config", "google/siglip-base-patch16-224"),
+    ],
+)
+def test_raises_when_a_field_is_of_another_type(field, value):
+    towers = {"text_config": tiny.text_config("llama"), "vision_config": tiny.vision_config("siglip")}
+    with pytest.raises((ValueError, StrictDataclassError), match=f"{field}.*{re.escape(str(value))}"):
+        VLMoEConfig(**(towers | {field: value}))
 
 
 def test_raises_when_a_text_field_is_given_twice_and_unlike():

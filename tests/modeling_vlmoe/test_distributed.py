@@ -1,6 +1,7 @@
 """Two gloo processes.
 
-FSDP2, FSDP2 with expert parallelism, and tensor parallelism give one process' logits and steps.
+FSDP2, tensor parallelism, and either with expert parallelism (tokens exchanged, or outputs summed) give one process'
+logits and steps, and save what one process or two load again.
 """
 
 import os
@@ -23,12 +24,14 @@ def saved(tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize(("mode", "vision"), [("fsdp", "siglip"), ("fsdp_ep", "clip"), ("tp", "siglip")])
-def test_two_processes_equal_one(saved, mode, vision):
+@pytest.mark.parametrize(
+    ("mode", "vision"), [("fsdp", "siglip"), ("fsdp_ep", "clip"), ("tp", "siglip"), ("tp_ep", "siglip")]
+)
+def test_two_processes_equal_one(saved, tmp_path, mode, vision):
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(SCRIPT)]
     done = subprocess.run(
-        [*command, mode, str(saved[vision])],
+        [*command, mode, str(saved[vision]), str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,5 +1,6 @@
 """One processor over any image processor and tokenizer: counts, masks, refusals, and the way to disk and back."""
 
+import inspect
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import modeling_vlmoe
 from modeling_vlmoe.processing_vlmoe import VLMoEProcessor
 from tests import tiny
 
@@ -170,6 +172,18 @@ def test_text_alone_gives_no_pixels(processor):
         assert set(inputs) == {"input_ids", "attention_mask", "mm_token_type_ids"}
 
 
+def test_none_stands_for_a_samples_images_where_others_have_some(processor):
+    """As Arrow gives a missing list, and TRL's GRPO trainer a text-only prompt."""
+    texts = ["<image> what?", "no picture"]
+    found, wanted = (
+        processor(text=texts, images=[[image()], none], padding=True, return_tensors="pt") for none in (None, [])
+    )
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="Not an image: None"):
+        processor(text=["<image> a", "<image> b"], images=[image(), None])
+
+
 def test_type_ids_can_be_left_out(processor):
     assert "mm_token_type_ids" not in processor(text="one", return_mm_token_type_ids=False)
 
@@ -203,6 +217,13 @@ def test_offsets_of_replaced_tokens_come_from_the_host(clip_processor):
 def test_input_names_are_those_returned(processor):
     names = processor.model_input_names
     assert set(names) == {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values"}
+
+
+@pytest.mark.parametrize("head", ["VLMoEModel", "VLMoEForConditionalGeneration", "VLMoEForSequenceClassification"])
+def test_every_head_names_what_the_processor_returns(processor, head):
+    """`generate` refuses a key that `forward` takes by its `**kwargs` only."""
+    named = inspect.signature(getattr(modeling_vlmoe, head).forward).parameters
+    assert set(processor(text="<image>", images=image())) <= set(named)
 
 
 def test_inputs_that_the_model_does_not_take_are_left_out():
@@ -395,12 +416,21 @@ def test_trl_finds_marks_and_a_trained_end_of_turn(processor):
 # To disk and back
 
 
+def written(folder: Path) -> dict[str, object]:
+    """A folder's files; transformers' tokenizers add where they were loaded from, once."""
+    files: dict[str, object] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    files["tokenizer_config.json"] = {k: v for k, v in tokenizer.items() if k not in ("is_local", "local_files_only")}
+    return files
+
+
 def test_round_trip_gives_the_same_files_and_inputs(processor, tmp_path):
     processor.save_pretrained(tmp_path / "a")
     again = VLMoEProcessor.from_pretrained(tmp_path / "a")
     again.save_pretrained(tmp_path / "b")
-    for name in ("processor_config.json", "tokenizer.json", "chat_template.jinja"):
-        assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
+    files = written(tmp_path / "a")
+    assert {"processor_config.json", "tokenizer.json", "chat_template.jinja"} <= set(files)
+    assert written(tmp_path / "b") == files
     assert json.loads((tmp_path / "a" / "processor_config.json").read_text())["num_image_tokens"] == NUM_IMAGE_TOKENS
     assert again.chat_template == again.tokenizer.chat_template == processor.chat_template
     assert again.image_token_id == processor.image_token_id
@@ -410,6 +440,33 @@ def test_round_trip_gives_the_same_files_and_inputs(processor, tmp_path):
     )
     for key, value in before.items():
         torch.testing.assert_close(after[key], value)
+
+
+def test_a_reloaded_template_takes_what_arrow_makes_of_a_chat(processor, tmp_path):
+    """Through a parquet file: `datasets` gives all parts the same keys, None where a part has no such."""
+    import datasets
+
+    image().save(tmp_path / "a.png")
+    image_part = {"type": "image", "image": str(tmp_path / "a.png")}
+    plain = [{"role": "user", "content": [image_part, text_part("what colour is the shape?")]}]
+    plain += [{"role": "assistant", "content": [text_part("the red circle")]}]
+    datasets.Dataset.from_list([{"messages": plain}]).to_parquet(tmp_path / "chat.parquet")
+    row = datasets.Dataset.from_parquet(str(tmp_path / "chat.parquet"), cache_dir=str(tmp_path / "cache"))[0]
+    assert row["messages"] != plain
+    assert row["messages"][0]["content"][1]["image"] is None
+
+    processor.save_pretrained(tmp_path / "saved")
+    assert "{%- generation -%}" in (tmp_path / "saved" / "chat_template.jinja").read_text()
+    again = VLMoEProcessor.from_pretrained(tmp_path / "saved")
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": True}
+    found, wanted = (
+        again.apply_chat_template(row["messages"], **options),
+        processor.apply_chat_template(plain, **options),
+    )
+    assert set(found) == set(wanted)
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, atol=0, rtol=0)
+    assert again.decode(found["input_ids"][0][found["assistant_masks"][0].bool()]) == "the red circle<|im_end|>"
 
 
 def test_processors_pickle(clip_processor):

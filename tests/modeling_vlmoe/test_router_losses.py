@@ -4,23 +4,8 @@ import pytest
 import torch
 
 from modeling_vlmoe.router_losses import balance_loss, z_loss
+from tests.conformance.oracle import loop_balance, loop_z
 from tests.models import batch, sparse_model
-
-
-def loop_balance(logits, index, mask):
-    real = [t for t in range(len(mask)) if mask[t]]
-    num_experts, num_picked = logits.shape[1], index.shape[1]
-    total = 0.0
-    for expert in range(num_experts):
-        chosen = sum(int(index[t, k] == expert) for t in real for k in range(num_picked)) / (len(real) * num_picked)
-        probability = sum(logits[t].softmax(-1)[expert] for t in real) / len(real)
-        total = total + chosen * probability
-    return num_experts * total
-
-
-def loop_z(logits, mask):
-    real = [t for t in range(len(mask)) if mask[t]]
-    return sum(logits[t].exp().sum().log() ** 2 for t in real) / len(real)
 
 
 def routed(num_tokens=11):

@@ -1,6 +1,6 @@
-"""Run by `torchrun --nproc_per_node 2 two_processes.py MODE FOLDER`.
+"""Run by `torchrun --nproc_per_node 2 two_processes.py MODE FOLDER NEW_FOLDER`.
 
-A split model against the whole one in each process.
+A split model against the whole one in each process: forward, backward, steps, saving, loading whole and split again.
 """
 
 import os
@@ -17,6 +17,7 @@ SIZES = {
     "fsdp": {"fsdp_size": 2},
     "fsdp_ep": {"fsdp_size": 2, "ep_size": 2},
     "tp": {"tp_size": 2, "tp_plan": "auto"},
+    "tp_ep": {"tp_size": 2, "tp_plan": "auto", "ep_size": 2, "ep_implementation": "all_reduce"},
 }
 
 
@@ -24,17 +25,32 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def main(mode: str, folder: str) -> None:
+def load_split(mode: str, folder: str) -> VLMoEForConditionalGeneration:
+    sizes = DistributedConfig(**SIZES[mode])  # one per model: the host resolves it in place
+    return VLMoEForConditionalGeneration.from_pretrained(folder, distributed_config=sizes)
+
+
+def check_saved(mode: str, split: VLMoEForConditionalGeneration, folder: str, inputs: dict) -> None:
+    """What the processes save is the whole model, for one process and for as many as before."""
+    split.eval().save_pretrained(folder)
+    dist.barrier()
+    with torch.no_grad():
+        wanted = whole(split(**inputs).logits)
+        alone, info = VLMoEForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+        assert gap(alone.eval()(**inputs).logits, wanted) <= 1e-5
+        assert gap(whole(load_split(mode, folder).eval()(**inputs).logits), wanted) <= 1e-5
+
+
+def main(mode: str, folder: str, new_folder: str) -> None:
     torch.set_num_threads(1)
-    split = VLMoEForConditionalGeneration.from_pretrained(
-        folder, distributed_config=DistributedConfig(**SIZES[mode])
-    ).train()
+    split = load_split(mode, folder).train()
     alone = VLMoEForConditionalGeneration.from_pretrained(folder).train()
     wrapped = [type(module).__name__ for module in split.modules() if type(module).__name__.startswith("FSDP")]
     layers = [*split.model.language_model.layers, *split.model.vision_tower.encoder.layers]
-    assert mode == "tp" or all(type(layer).__name__.startswith("FSDP") for layer in layers), wrapped
+    assert not mode.startswith("fsdp") or all(type(layer).__name__.startswith("FSDP") for layer in layers), wrapped
     experts = split.model.language_model.layers[0].mlp.experts
-    assert experts.num_experts == (2 if mode == "fsdp_ep" else 4)
+    assert experts.num_experts == (2 if mode.endswith("ep") else 4)
     if mode == "tp":
         assert experts.down_proj.to_local().shape[-1] == 24, "the experts' width is not split"
 
@@ -59,6 +75,7 @@ def main(mode: str, folder: str) -> None:
         for model in (split, alone):
             torch.optim.SGD(model.parameters(), lr=0.1).step()
             model.zero_grad()
+    check_saved(mode, split, new_folder, inputs)
     dist.barrier()
     if dist.get_rank() == 0:
         print(f"{mode} equals one process: {sorted(set(wrapped))}")

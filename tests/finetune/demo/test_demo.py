@@ -3,12 +3,13 @@
 import json
 
 import pytest
+from huggingface_hub import ModelCard
 
 from modeling_vlmoe.finetune.demo.report import ROWS
 from modeling_vlmoe.finetune.demo.run import StageError, run_demo
 from modeling_vlmoe.finetune.demo.scenes import KINDS
 from modeling_vlmoe.finetune.demo.settings import DemoSettings
-from modeling_vlmoe.finetune.demo.stages import read_result
+from modeling_vlmoe.finetune.demo.stages import TUNED, read_result
 
 HANDFUL = DemoSettings(
     min_parent_accuracy=0.0,
@@ -39,7 +40,11 @@ def test_the_whole_demo_runs(tmp_path):
     assert (root / "demo.png").stat().st_size > 10_000
     assert (root / "results.txt").read_text().splitlines()[0].startswith("Parents on held-out scenes")
     assert read_result(root, "upcycle")["proof"]["largest_gap"] <= 1e-5
-    assert (root / "sparse/tuned/merged/config.json").is_file()
+    card = ModelCard.load(root / TUNED / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert all(f"| {name} | " in card.text for name in ROWS if name != "sparse")
+    assert all(words in card.text for words in ("# vlmoe-demo", "1. `align`", "2. `lora`", "80 rows", "2 steps"))
+    assert str(tmp_path) not in card.content
     with pytest.raises(ValueError, match="is not empty"):
         run_demo(root, HANDFUL)
 

@@ -1,0 +1,255 @@
+"""What is found out before a push: which of a folder's files make the model, and whether others can load it from them.
+
+Everything else a folder holds (optimizer states, checkpoints, logs, settings with this machine's paths) stays behind.
+"""
+
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers import AutoProcessor
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    PROCESSOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+)
+
+from modeling_vlmoe.conversion.streaming import CheckpointReader, read_json
+from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
+from modeling_vlmoe.model_cards.notes import NOTES_NAME
+
+from .companions import CARD_NAME, HISTORY_NAME, RECEIPT_NAME
+from .configuration_vlmoe import VLMoEConfig
+from .processing_vlmoe import VLMoEProcessor
+
+LARGEST_FILE = 5 * 10**9
+# The processor's files, as the host's tokenizers and image processors write them.
+PROCESSOR_FILES = (
+    PROCESSOR_NAME,
+    "preprocessor_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+)
+OTHER_FILES = (GENERATION_CONFIG_NAME, RECEIPT_NAME, HISTORY_NAME, EVALUATION_NAME, NOTES_NAME, "LICENSE*", "NOTICE*")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What of a folder is pushed.
+
+    Attributes:
+        folder: where it is.
+        is_adapter: whether it is an adapter.
+        files: paths relative to the folder, without the card.
+        left_out: what else the folder holds.
+    """
+
+    folder: Path
+    is_adapter: bool
+    files: list[str]
+    left_out: list[str]
+
+
+def read_auto_map(folder: Path, name: str) -> dict[str, str]:
+    """The classes that a configuration names for the host's Auto classes; of a file that is not there, none."""
+    return read_json(folder / name).get("auto_map", {}) if (folder / name).is_file() else {}
+
+
+def find_code(folder: Path, names: tuple[str, ...]) -> list[str]:
+    """The Python files that these configurations' classes live in, and all that those import from beside them.
+
+    Raises:
+        ValueError: when one is missing, or a configuration names none.
+    """
+    needed: set[Path] = set()
+    for name in names:
+        if not (auto_map := read_auto_map(folder, name)):
+            raise ValueError(
+                f"{folder / name} has no auto_map, so nobody without the package could load it. Load the model and "
+                "the processor with the package and save both again."
+            )
+        for reference in auto_map.values():
+            repo, _, local = reference.rpartition("--")
+            if repo:
+                raise ValueError(
+                    f"{folder / name} takes its code from the repository {repo}, not from beside it. Load it with the "
+                    "package (import modeling_vlmoe) and save it again."
+                )
+            needed.add(folder / f"{local.rpartition('.')[0]}.py")
+    for file in sorted(needed):
+        check_is_there(file, f"which the auto_map in {folder} names")
+        needed |= {Path(path) for path in relative_imports(file)}
+    return sorted({path.name for path in needed} | {path.name for path in folder.glob("__init__.py")})
+
+
+def relative_imports(file: Path) -> list[str]:
+    """The files that a file imports from beside it, and they in turn.
+
+    Raises:
+        ValueError: when one is missing.
+    """
+    try:
+        return get_relative_import_files(file)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{file} imports {error.filename}, which is not there. Save the model with the package again."
+        ) from error
+
+
+def check_is_there(file: Path, why: str) -> None:
+    """Refuses a folder that lacks a file."""
+    if not file.is_file():
+        raise ValueError(f"{file} is not there, {why}. Save the model and the processor with the package again.")
+
+
+def check_processor_loads(folder: Path) -> None:
+    """Loads the processor, as a user of the pushed folder would.
+
+    Raises:
+        ValueError: when it cannot be, or is another kind of processor.
+    """
+    check_is_there(folder / PROCESSOR_NAME, "but a vision-language model needs its processor")
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The processor in {folder} cannot be loaded: {error}") from error
+    if not isinstance(processor, VLMoEProcessor):
+        raise ValueError(f"{folder / PROCESSOR_NAME} makes a {type(processor).__name__}; expected a VLMoEProcessor.")
+
+
+def find_weights(folder: Path) -> list[str]:
+    """The model's weight files, each complete and small enough for the Hub.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    files = CheckpointReader(folder).files
+    if large := [file for file in files if file.stat().st_size > LARGEST_FILE]:
+        raise ValueError(
+            f"{large[0]} has {large[0].stat().st_size / 1e9:.1f} GB, but files of a repository stay below "
+            f'{LARGEST_FILE / 1e9:.0f} GB. Save the model again: save_pretrained(..., max_shard_size="5GB").'
+        )
+    is_sharded = len(files) > 1 or files[0].name != "model.safetensors"
+    return [file.name for file in files] + ([SAFE_WEIGHTS_INDEX_NAME] if is_sharded else [])
+
+
+def check_hub_id(name: str, what: str) -> None:
+    """Refuses a name that cannot be of a repository.
+
+    Raises:
+        ValueError: naming what it was given for.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{what} {name} is no repository's id; expected user/name. {error}") from error
+
+
+def check_adapter(folder: Path, base_model: str | None, dry_run: bool) -> list[str]:
+    """An adapter's files; `base_model`, where given, is written into its configuration.
+
+    Raises:
+        ValueError: when others could not find the model that it belongs to, or a file is missing or broken.
+    """
+    weights, path = folder / ADAPTER_SAFE_WEIGHTS_NAME, folder / ADAPTER_CONFIG_NAME
+    check_is_there(weights, f"but {path} says that the folder holds an adapter")
+    try:
+        with safe_open(weights, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is corrupt or truncated: {error}") from error
+    config = read_json(path)
+    if base_model is not None:
+        check_hub_id(base_model, "--base-model")
+        config |= {"base_model_name_or_path": base_model, "revision": None}
+        if not dry_run:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    base = config.get("base_model_name_or_path") or ""
+    is_local = Path(base).expanduser().is_absolute() or Path(base).is_dir()
+    if base_model is None and (not base or is_local):
+        raise ValueError(
+            f"The adapter in {folder} belongs to {base or 'a model it does not name'}, which others do not have. Push "
+            "that model first (vlmoe push), and give its id here: --base-model user/name."
+        )
+    check_hub_id(base, f"{path}: base_model_name_or_path")
+    return [ADAPTER_CONFIG_NAME, weights.name]
+
+
+def check_model(folder: Path) -> list[str]:
+    """A whole model's files.
+
+    Raises:
+        ValueError: when it is not ours, or not whole.
+    """
+    if (found := read_json(folder / CONFIG_NAME).get("model_type")) != VLMoEConfig.model_type:
+        raise ValueError(f"{folder} holds a {found} model; expected a {VLMoEConfig.model_type} one.")
+    return [CONFIG_NAME, *find_weights(folder)]
+
+
+def check_folder(given: str, base_model: str | None = None, dry_run: bool = False) -> Pushed:
+    """Finds what of a folder is to be pushed.
+
+    Args:
+        given: the folder.
+        base_model: for an adapter: the Hub id of its model.
+        dry_run: whether nothing may be written.
+
+    Raises:
+        ValueError: when what would be pushed could not be loaded.
+    """
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {given}.")
+    is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
+    if not is_adapter and not (folder / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{folder} has no {CONFIG_NAME} and no {ADAPTER_CONFIG_NAME}; expected the folder of a model or of an "
+            "adapter."
+        )
+    if base_model is not None and not is_adapter:
+        raise ValueError(f"--base-model is given, but {folder} holds a whole model, not an adapter; leave it out.")
+    files = check_adapter(folder, base_model, dry_run) if is_adapter else check_model(folder)
+    check_processor_loads(folder)
+    files += find_code(folder, (PROCESSOR_NAME,) if is_adapter else (CONFIG_NAME, PROCESSOR_NAME))
+    held = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    patterns = (*PROCESSOR_FILES, *OTHER_FILES)
+    files += [name for name in held if any(fnmatch(name, p) and name.count("/") == p.count("/") for p in patterns)]
+    files = sorted(set(files))
+    rest = {name.partition("/")[0] + "/" * ("/" in name) for name in held if name not in (*files, CARD_NAME)}
+    return Pushed(folder, is_adapter, files, sorted(rest))
+
+
+def check_card(text: str, path: Path) -> None:
+    """Checks the metadata of a card that a person has edited.
+
+    Raises:
+        ValueError: saying what the Hub would refuse.
+    """
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    from modeling_vlmoe.model_cards.licences import read_metadata
+
+    metadata: dict[str, Any] = read_metadata(text)
+    if not metadata and REGEX_YAML_BLOCK.search(text):
+        raise ValueError(f"The metadata of {path}, between its two lines of ---, is no YAML mapping. Mend it.")
+    bases = metadata.get("base_model") or []
+    for base in [bases] if isinstance(bases, str) else bases:
+        if Path(str(base)).is_absolute() or str(base).startswith("."):
+            raise ValueError(f"{path}: base_model {base} is a path of this machine; expected the id of a repository.")
+        check_hub_id(str(base), f"{path}: base_model")

@@ -1,0 +1,125 @@
+"""Router losses reach the router, whole and once, under every trainer (`python -m tests.conformance`: the table)."""
+
+import pytest
+import torch
+import transformers
+
+from modeling_vlmoe.finetune import follow_trainer
+
+from . import run
+from .broken import MISTAKES, SPREAD_MISTAKE, made
+from .run import SETTINGS, measure, train
+from .spread import SPREADS, measure_spread
+from .table import LIMIT, SMALLEST_MISTAKE
+from .trainers import KINDS, build, processor
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # trainers' own
+HELPED = [name for name, kind in KINDS.items() if kind.needs_help]
+
+
+def holds(cell: run.Cell) -> None:
+    assert cell.task > 0.1
+    assert cell.auxiliary > 0.1
+    assert cell.gap <= LIMIT
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", KINDS)
+def test_the_gradient_is_the_oracles(name, setting):
+    holds(measure(name, setting, "both"))
+
+
+@pytest.mark.parametrize("loss", ["balance", "z"])
+@pytest.mark.parametrize("name", KINDS)
+def test_each_loss_alone(name, loss):
+    holds(measure(name, "accumulation", loss))
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_two_processes(spread):
+    cells = measure_spread(spread)
+    assert set(cells) == set(KINDS)
+    for cell in cells.values():
+        holds(cell)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda one: f"{one.what}: {one.trainer}")
+def test_a_mistake_is_found(mistake):
+    holds(measure(mistake.trainer, mistake.setting, mistake.loss))
+    with made(mistake):
+        assert measure(mistake.trainer, mistake.setting, mistake.loss).gap > SMALLEST_MISTAKE
+
+
+def test_a_mistake_among_two_processes_is_found():
+    cell = measure_spread("ddp", "--broken", SPREAD_MISTAKE.trainer)[SPREAD_MISTAKE.trainer]
+    assert cell.gap > SMALLEST_MISTAKE
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_losses_are_logged_per_layer_and_tower(name, tmp_path):
+    trainer = build(
+        name,
+        run.make_model(),
+        processor(),
+        str(tmp_path),
+        num_rows=4,
+        per_device_train_batch_size=2,
+        max_steps=2,
+        logging_strategy="steps",
+        logging_steps=1,
+    )
+    follow_trainer(trainer)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 2
+    for entry in entries:
+        for layer in (*(f"text/layer_{i}" for i in range(3)), "vision/layer_1", "vision/layer_2", "connector"):
+            assert entry[f"router/{layer}/balance_loss"] > 0
+            assert entry[f"router/{layer}/z_loss"] > 0
+
+
+@pytest.fixture
+def warnings_of_the_model(monkeypatch):
+    """What the model's module has warned about, a warning that was given before included."""
+    from modeling_vlmoe import router_losses
+
+    said: list[str] = []
+    transformers.utils.logging.warning_once.cache_clear()
+    monkeypatch.setattr(router_losses.logger, "warning", lambda message, *args, **kwargs: said.append(message))
+    return said
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_training_without_the_line_warns_once(name, warnings_of_the_model):
+    train(name, SETTINGS["accumulation"], run.LOSSES["both"], helped=False)
+    if not KINDS[name].needs_help:
+        assert warnings_of_the_model == []
+        return
+    (message,) = warnings_of_the_model
+    assert "follow_trainer(trainer)" in message
+
+
+@pytest.mark.parametrize("name", HELPED)
+def test_training_with_the_line_warns_of_nothing(name, warnings_of_the_model):
+    train(name, SETTINGS["accumulation"], run.LOSSES["both"])
+    assert warnings_of_the_model == []
+
+
+def test_a_loop_of_ones_own_says_its_share(warnings_of_the_model):
+    model, (inputs, *_) = run.make_model().train(), [{"input_ids": torch.arange(6, 14)[None]}]
+    model.model.micro_batch_share = 0.25
+    model.model(**inputs).last_hidden_state.mean().backward()
+    assert warnings_of_the_model == []
+    quarter = model.model.language_model.layers[2].mlp.router.weight.grad.clone()
+    model.zero_grad()
+    model.model.micro_batch_share = 1.0
+    model.model(**inputs).last_hidden_state.mean().backward()
+    assert quarter.norm() < model.model.language_model.layers[2].mlp.router.weight.grad.norm()
+
+
+def test_raises_when_the_trainer_has_another_model(tmp_path):
+    trainer = transformers.Trainer(
+        torch.nn.Linear(2, 2), transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    )
+    with pytest.raises(ValueError, match="holds no vlmoe model"):
+        follow_trainer(trainer)
