@@ -131,9 +131,8 @@ def split_options(settings: FinetuneSettings, given: dict[str, Any]) -> tuple[Fi
         if name in OWN_FIELDS:
             raise ValueError(f"{name} of LoraConfig is worked out from {OWN_FIELDS[name]}; give those.")
         if name not in own | others:
-            raise ValueError(
-                f"{name} is neither a setting nor a field of PEFT's LoraConfig.{nearest([name], own | others)}"
-            )
+            hint = nearest([name], own | others)
+            raise ValueError(f"{name} is neither a setting nor a field of PEFT's LoraConfig; leave it out.{hint}")
     settings = copy(settings)
     for name in own & given.keys():
         setattr(settings, name, given[name])

@@ -42,7 +42,9 @@ def load_base(
     try:
         return AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, use_safetensors=True, **kernel, **hub)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"The weights of model {model} cannot be read as safetensors: {error}") from error
+        raise ValueError(
+            f"The weights of model {model} cannot be read; expected safetensors that are whole. {error}"
+        ) from error
 
 
 def load_base_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -55,11 +57,13 @@ def load_base_config(model: str, revision: str | None = None, trust_remote_code:
         hint = ""
         if (Path(model) / ADAPTER_CONFIG_NAME).is_file():
             hint = " It holds an adapter: merge it first, and tune the merged model."
-        raise ValueError(f"The folder {model} has no {CONFIG_NAME}.{hint}")
+        raise ValueError(f"The folder {model} has no {CONFIG_NAME}; expected a model's folder.{hint}")
     try:
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except OSError as error:
-        raise ValueError(f"model {model} is neither a folder nor can it be had from the Hub: {error}") from error
+        raise ValueError(
+            f"model {model} is neither a folder nor can it be had from the Hub; check the name. {error}"
+        ) from error
 
 
 def check_base(config: Any, model: str) -> None:
@@ -79,7 +83,9 @@ def load_processor(model: str, config: Any, revision: str | None = None, trust_r
     try:
         processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except OSError as error:
-        raise ValueError(f"model {model} has no processor: {error}") from error
+        raise ValueError(
+            f"model {model} has no processor; save the one it was converted with beside it. {error}"
+        ) from error
     check_processor(processor, config)
     return processor
 

@@ -54,7 +54,7 @@ def check_output_folder(args: FinetuneArguments) -> None:
     """
     folder, checkpoint = args.folder, resume_point(args)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file.")
+        raise ValueError(f"output_dir {folder} is a file; name a folder.")
     for name in ("model", "data", "eval_data"):
         given = getattr(args, name)
         if given and Path(given).exists() and _is_inside(given, folder):
@@ -129,11 +129,18 @@ def resume_point(args: FinetuneArguments) -> str | None:
         return None
     if str(given).lower() != "true":
         if not Path(given).is_dir():
-            raise ValueError(f"resume_from_checkpoint is {given}, but there is no such folder.")
+            raise ValueError(
+            raise ValueError(
+                f"resume_from_checkpoint is {given}, but there is no such folder; give one of the run's checkpoints, or "
+                "true for the last."
+            )
+            )
         return str(given)
     last = get_last_checkpoint(str(args.folder)) if args.folder.is_dir() else None
     if last is None:
-        raise ValueError(f"resume_from_checkpoint is on, but {args.output_dir} holds no checkpoint.")
+        raise ValueError(
+            f"resume_from_checkpoint is on, but {args.output_dir} holds no checkpoint; leave it out to begin anew."
+        )
     return last
 
 

@@ -46,7 +46,7 @@ def read_notes(folder: Path) -> CardNotes:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise ValueError(f"{path} is not valid YAML; mend or remove it. {error}") from error
     known = [item.name for item in fields(CardNotes)]
     if not isinstance(values, dict) or (unknown := sorted(map(str, set(values) - set(known)))):
         what = f"has unknown keys: {', '.join(unknown)}" if isinstance(values, dict) else "is no mapping"

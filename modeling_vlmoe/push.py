@@ -40,7 +40,9 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         status = error.response.status_code
         said = error.server_message or str(error).strip().splitlines()[0]
         if status in ADVICE:
-            raise ValueError(f"The Hub refuses the push to {repo_id} ({status}: {said}). {ADVICE[status]}") from error
+            raise ValueError(
+                f"The Hub refuses the push to {repo_id} ({status}: {said}). Mend that and try again. {ADVICE[status]}"
+            ) from error
         raise ConnectionError(f"The push to {repo_id} failed ({status}: {said}). Try again later.") from error
     except httpx2.HTTPError as error:
         raise ConnectionError(f"The Hub at {constants.ENDPOINT} cannot be reached: {error}") from error

@@ -128,7 +128,9 @@ def check_processor_loads(folder: Path) -> None:
     try:
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ValueError(f"The processor in {folder} cannot be loaded: {error}") from error
+        raise ValueError(
+            f"The processor in {folder} cannot be loaded; save the model's own processor there. {error}"
+        ) from error
     if not isinstance(processor, VLMoEProcessor):
         raise ValueError(f"{folder / PROCESSOR_NAME} makes a {type(processor).__name__}; expected a VLMoEProcessor.")
 
@@ -173,7 +175,7 @@ def check_adapter(folder: Path, base_model: str | None, dry_run: bool) -> list[s
         with safe_open(weights, framework="pt"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"{weights} is corrupt or truncated: {error}") from error
+        raise ValueError(f"{weights} is corrupt or truncated; save the adapter again. {error}") from error
     config = read_json(path)
     if base_model is not None:
         check_hub_id(base_model, "--base-model")
@@ -215,7 +217,7 @@ def check_folder(given: str, base_model: str | None = None, dry_run: bool = Fals
     """
     folder = Path(given).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"There is no folder {given}.")
+        raise ValueError(f"There is no folder {given}; give the folder of a model or of an adapter.")
     is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
     if not is_adapter and not (folder / CONFIG_NAME).is_file():
         raise ValueError(

@@ -135,7 +135,9 @@ def test_raises_when_there_is_nothing_to_merge(adapter, base, tmp_path):
 
 def test_raises_when_an_adapter_is_given_as_the_model(adapter, arguments, tmp_path):
     shutil.rmtree(adapter / "merged")
-    with pytest.raises(ValueError, match=r"has no config.json. It holds an adapter: merge it first"):
+    with pytest.raises(
+        ValueError, match=r"has no config.json; expected a model.s folder. It holds an adapter: merge it first"
+    ):
         finetune(arguments(model=str(adapter), output_dir=str(tmp_path / "next")))
 
 
@@ -143,5 +145,5 @@ def test_raises_when_the_weights_are_truncated(base, tmp_path):
     broken = shutil.copytree(base, tmp_path / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+    with pytest.raises(ValueError, match="cannot be read; expected safetensors"):
         load_base(str(broken))
