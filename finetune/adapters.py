@@ -184,6 +184,7 @@ def lora_config(
             f"lora_targets {settings.lora_targets} match nothing in the parts {settings.lora_parts} of this model; "
             "choose others."
         )
+    cast(Any, model.base_model).warns_of_adapters = False  # the settings say what is trained
     return LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
@@ -221,5 +222,4 @@ def prepare_model(model: PreTrainedModel, settings: FinetuneSettings) -> PreTrai
     if settings.method == "align":
         freeze_but_connector(model)
         return model
-    cast(Any, model.base_model).warns_of_adapters = False  # a recipe says what it trains
     return cast(PeftModel, get_peft_model(model, lora_config(model, settings)))

@@ -30,23 +30,32 @@ def is_scaled(trainer: Trainer, num_items_in_batch: Any) -> bool:
     ) or trainer.compute_loss_func is not None
 
 
-def micro_batch_share(trainer: Trainer, labels: Any, num_items_in_batch: Any) -> Tensor | float:
+def find_targets(trainer: Trainer, inputs: Any) -> Tensor | None:
+    """What the trainer counts as targets: -100 is none; None where a batch has no labels."""
+    if not isinstance(inputs, Mapping) or not isinstance(inputs.get("labels"), Tensor):
+        return None
+    if "shift_labels" in inputs:
+        return inputs["shift_labels"]
+    return inputs["labels"][..., 1:] if trainer._loss_shifts_labels else inputs["labels"]
+
+
+def micro_batch_share(trainer: Trainer, targets: Tensor | None, num_items_in_batch: Any) -> Tensor | float:
     """What the scale of the loss does not say of a micro-batch's share of the step.
 
     Args:
         trainer: in a training step.
-        labels: (batch, sequence), -100 where there is no target; or None.
+        targets: of the micro-batch, -100 where there is none; or None.
         num_items_in_batch: targets of the whole step, where the trainer counts them.
     """
     if not is_scaled(trainer, num_items_in_batch):
         return 1.0
-    if num_items_in_batch is None or not isinstance(labels, Tensor):
+    if num_items_in_batch is None or targets is None:
         return 1.0 / trainer.current_gradient_accumulation_steps
-    total = torch.as_tensor(num_items_in_batch, device=labels.device).sum().clamp(min=1)
+    total = torch.as_tensor(num_items_in_batch, device=targets.device).sum().clamp(min=1)
     # Where the targets of all processes are counted, `compute_loss` undoes the average of their gradients.
     is_global = trainer.args.average_tokens_across_devices
     num_processes = trainer.accelerator.num_processes // trainer.get_tp_size() if is_global else 1
-    return (labels[..., 1:] != -100).sum() * num_processes / total
+    return (targets != -100).sum() * num_processes / total
 
 
 def follow_trainer(trainer: Trainer, log_load: bool = True) -> None:
@@ -64,14 +73,14 @@ def follow_trainer(trainer: Trainer, log_load: bool = True) -> None:
     def followed(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if not model.training:
             return compute_loss(model, inputs, *args, **kwargs)
-        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
+        targets = find_targets(trainer, inputs)  # `compute_loss` may take them out
         body = find_body(model)
-        loss = body.followed = FollowedLoss(body.device)
+        loss = body.followed = FollowedLoss()
         try:
             result = compute_loss(model, inputs, *args, **kwargs)
         finally:
             body.followed = None
-        share = micro_batch_share(trainer, labels, kwargs.get("num_items_in_batch"))
+        share = micro_batch_share(trainer, targets, kwargs.get("num_items_in_batch"))
         if isinstance(result, tuple):
             return loss.follow(result[0], share), *result[1:]
         return loss.follow(result, share)

@@ -24,7 +24,8 @@ TEXT, IMAGE = 0, 1
 def find_body(model: nn.Module) -> Any:
     """The `VLMoEModel` inside a model, whatever is wrapped around it."""
     for module in model.modules():
-        if all(hasattr(module, name) for name in (*TOWERS.values(), "connector")):
+        # Its children, not its attributes: wrappers hand attributes on.
+        if all(name in module._modules for name in (*TOWERS.values(), "connector")):
             return module
     raise ValueError(f"{type(model).__name__} holds no vlmoe model; give one.")
 

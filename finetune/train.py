@@ -130,10 +130,8 @@ def resume_point(args: FinetuneArguments) -> str | None:
     if str(given).lower() != "true":
         if not Path(given).is_dir():
             raise ValueError(
-            raise ValueError(
-                f"resume_from_checkpoint is {given}, but there is no such folder; give one of the run's checkpoints, or "
-                "true for the last."
-            )
+                f"resume_from_checkpoint is {given}, but there is no such folder; give one of the run's checkpoints, "
+                "or true for the last."
             )
         return str(given)
     last = get_last_checkpoint(str(args.folder)) if args.folder.is_dir() else None

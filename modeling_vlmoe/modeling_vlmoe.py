@@ -26,7 +26,7 @@ from .model_outputs import (
     VLMoESequenceClassifierOutputWithPast,
 )
 from .recorders import install_recorders, make_recorders_picklable, register_recorders
-from .router_losses import FollowedLoss, RouterContext, follow_loss, warn_unfollowed, weighted_mean
+from .router_losses import UNSEEN, FollowedLoss, RouterContext, follow_loss, warn_unfollowed, weighted_mean
 from .towers import (
     apply_head_maths,
     context_kwargs,
@@ -248,16 +248,17 @@ class VLMoEModel(VLMoEPreTrainedModel):
         if not (self.training and sparse and torch.is_grad_enabled()):
             return None
         warn_of_adapters(self)
-        context = RouterContext(loss_scale=torch.ones((), device=self.device))
+        scale = torch.full((), UNSEEN if has_loss else 1.0, device=self.device)
+        context = RouterContext(loss_scale=scale, share=torch.ones((), device=self.device))
         context.parts = {part: (moe.router_aux_loss_coef, moe.router_z_loss_coef) for part, moe in sparse.items()}
         if share is not None:
             context.share = share
-        elif not has_loss and self.followed is not None:
-            context.loss_scale = self.followed.add_pass()
-        elif not has_loss:
+        elif not has_loss and self.followed is None:
             if self.micro_batch_share is None:
                 warn_unfollowed()
             context.share = torch.tensor(self.micro_batch_share or 1.0, device=self.device)
+        if self.followed is not None:
+            self.followed.contexts.append(context)
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             context.token_mask = attention_mask.bool()
         return context

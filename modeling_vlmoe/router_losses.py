@@ -76,6 +76,11 @@ def z_loss(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
     return (logits_TE.logsumexp(-1).square() * mask_T).sum() / mask_T.sum().clamp(min=1.0)
 
 
+# The scale of a context whose loss has not passed backward yet, where the model computes the loss.
+UNSEEN = -1.0
+_looks_for_unseen = True
+
+
 class _Attach(torch.autograd.Function):
     """The identity on `weights`; its backward gives `loss` the gradient that the task loss has."""
 
@@ -86,47 +91,56 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        return gradient, ctx.loss_scale.to(device=gradient.device, dtype=torch.float32).clone(), None
+        warn_unseen(ctx.loss_scale)
+        scale = ctx.loss_scale.to(device=gradient.device, dtype=torch.float32)
+        return gradient, torch.where(scale == UNSEEN, torch.ones_like(scale), scale), None
 
 
 class _FollowLoss(torch.autograd.Function):
     """The identity on the task loss; its backward notes what the trainer multiplied the loss by."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, loss_scale: Tensor, share: Tensor | None) -> Tensor:
-        ctx.loss_scale, ctx.share = loss_scale, share
+    def forward(ctx: Any, loss: Tensor, loss_scale: Tensor) -> Tensor:
+        ctx.loss_scale = loss_scale
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.loss_scale.copy_(gradient.detach())
+        return gradient, None
+
+
+class _FollowPasses(torch.autograd.Function):
+    """The identity on a trainer's own loss; its backward tells every pass' context what it comes to."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, contexts: list[RouterContext], share: Tensor) -> Tensor:
+        ctx.contexts, ctx.share = contexts, share
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        ctx.loss_scale.copy_(gradient.detach() if ctx.share is None else gradient.detach() * ctx.share)
+        for context in ctx.contexts:
+            scale = gradient.detach() * ctx.share / len(ctx.contexts)
+            # A pass with labels has been given its share already; where its own loss counts, that overwrites this.
+            context.loss_scale.copy_(scale / context.share.clamp(min=torch.finfo(torch.float32).tiny))
         return gradient, None, None
 
 
 def follow_loss(loss: Tensor, context: RouterContext | None) -> Tensor:
     """The task loss, watched: the attached losses are scaled in backward as the trainer scales this one."""
-    return loss if context is None else _FollowLoss.apply(loss, context.loss_scale, None)
+    return loss if context is None else _FollowLoss.apply(loss, context.loss_scale)
 
 
 class FollowedLoss:
     """A loss that a trainer makes itself, out of one or several passes of the model.
 
-    Args:
-        device: where the model is.
-
     Attributes:
-        loss_scale: what the passes' contexts share; filled in during backward.
-        num_passes: how many passes in training the loss was made of; they weigh alike.
+        contexts: of the passes in training that it was made of; they weigh alike.
     """
 
-    def __init__(self, device: torch.device):
-        self.loss_scale = torch.ones((), device=device)
-        self.num_passes = 0
-
-    def add_pass(self) -> Tensor:
-        """Counts a pass; gives what its context watches."""
-        self.num_passes += 1
-        return self.loss_scale
+    def __init__(self) -> None:
+        self.contexts: list[RouterContext] = []
 
     def follow(self, loss: Tensor, share: Tensor | float) -> Tensor:
         """The loss, watched.
@@ -135,7 +149,13 @@ class FollowedLoss:
             loss: what the trainer has made.
             share: the micro-batch's share of the optimizer step, where what the trainer does to the loss does not say.
         """
-        return _FollowLoss.apply(loss, self.loss_scale, torch.as_tensor(share) / max(self.num_passes, 1))
+        return _FollowPasses.apply(loss, self.contexts, torch.as_tensor(share))
+
+
+HELP = (
+    "With a trainer (TRL's, compute_loss_func, label_smoothing_factor, a compute_loss of your own) add one line "
+    "before train(): `from modeling_vlmoe.finetune import follow_trainer; follow_trainer(trainer)`."
+)
 
 
 def warn_unfollowed() -> None:
@@ -143,10 +163,22 @@ def warn_unfollowed() -> None:
     if not torch.compiler.is_compiling():
         logger.warning_once(
             "The model is trained by a loss that it does not compute (forward got no labels). Its router losses reach "
-            "the routers, but do not follow gradient accumulation or fp16 loss scaling. With a trainer (TRL's, "
-            "compute_loss_func, label_smoothing_factor) add one line before train(): "
-            "`from modeling_vlmoe.finetune import follow_trainer; follow_trainer(trainer)`. In a loop of your own set "
-            "`micro_batch_share` of the VLMoEModel (`model.model`) to 1 / accumulation steps."
+            f"the routers, but do not follow gradient accumulation or fp16 loss scaling. {HELP} In a loop of your own "
+            "set `micro_batch_share` of the VLMoEModel (`model.model`) to 1 / accumulation steps."
+        )
+
+
+def warn_unseen(loss_scale: Tensor) -> None:
+    """Says once that the loss which the model computed is not the one that is trained; looked for in one step only."""
+    global _looks_for_unseen
+    if torch.compiler.is_compiling() or not _looks_for_unseen:
+        return
+    _looks_for_unseen = False
+    if loss_scale.item() == UNSEEN:
+        logger.warning(
+            "The model computed a loss (forward got labels), but another one is trained. Its router losses reach the "
+            "routers, but do not follow gradient accumulation or fp16 loss scaling. "
+            f"{HELP} In a loop of your own pass no labels."
         )
 
 

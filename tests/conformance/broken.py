@@ -10,7 +10,7 @@ import torch
 
 from modeling_vlmoe import router_losses
 from modeling_vlmoe.finetune import loss_follower
-from modeling_vlmoe.router_losses import RouterContext, RouterLosses, _Attach, _FollowLoss
+from modeling_vlmoe.router_losses import RouterContext, RouterLosses, _Attach, _FollowLoss, _FollowPasses
 
 whole_forward, whole_of, whole_share = RouterLosses.forward, RouterContext.of, loss_follower.micro_batch_share
 
@@ -62,6 +62,13 @@ class Mistake:
     loss: str = "both"
 
 
+@contextmanager
+def nothing_followed() -> Iterator[None]:
+    with patch.object(_FollowLoss, "backward", staticmethod(lambda ctx, g: (g, None))):
+        with patch.object(_FollowPasses, "backward", staticmethod(lambda ctx, g: (g, None, None))):
+            yield
+
+
 def never_attached() -> Any:
     return patch.object(_Attach, "backward", staticmethod(lambda ctx, g: (g, torch.zeros(()), None)))
 
@@ -73,6 +80,7 @@ MISTAKES = [
             "Trainer",
             "Trainer, compute_loss_func",
             "Trainer, label_smoothing_factor",
+            "Trainer, own compute_loss",
             "TRL SFT",
             "TRL DPO",
             "TRL GRPO",
@@ -98,9 +106,15 @@ MISTAKES = [
             "the scaler is not followed",
             trainer,
             "fp16's scaler",
-            lambda: patch.object(_FollowLoss, "backward", staticmethod(lambda ctx, g: (g, None, None))),
+            nothing_followed,
         )
-        for trainer in ("Trainer", "TRL DPO")
+        for trainer in ("Trainer", "Trainer, own compute_loss", "TRL DPO")
+    ),
+    Mistake(
+        "a pass with labels is taken for the model's own loss",
+        "Trainer, own compute_loss",
+        "accumulation",
+        nothing_followed,
     ),
     Mistake(
         "recomputation loses the context",

@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from modeling_vlmoe.finetune import follow_trainer
+from modeling_vlmoe.finetune.router_load import find_body
 
 from . import run
 from .broken import MISTAKES, SPREAD_MISTAKE, made
@@ -85,6 +86,7 @@ def warnings_of_the_model(monkeypatch):
 
     said: list[str] = []
     transformers.utils.logging.warning_once.cache_clear()
+    monkeypatch.setattr(router_losses, "_looks_for_unseen", True)
     monkeypatch.setattr(router_losses.logger, "warning", lambda message, *args, **kwargs: said.append(message))
     return said
 
@@ -110,11 +112,21 @@ def test_a_loop_of_ones_own_says_its_share(warnings_of_the_model):
     model.model.micro_batch_share = 0.25
     model.model(**inputs).last_hidden_state.mean().backward()
     assert warnings_of_the_model == []
-    quarter = model.model.language_model.layers[2].mlp.router.weight.grad.clone()
-    model.zero_grad()
-    model.model.micro_batch_share = 1.0
-    model.model(**inputs).last_hidden_state.mean().backward()
-    assert quarter.norm() < model.model.language_model.layers[2].mlp.router.weight.grad.norm()
+    gradients = []
+    for share in (0.25, 0.5, 1.0):
+        model.zero_grad()
+        model.model.micro_batch_share = share
+        model.model(**inputs).last_hidden_state.mean().backward()
+        gradients.append(model.model.language_model.layers[2].mlp.router.weight.grad.clone())
+    quarter, half = gradients[1] - gradients[0], gradients[2] - gradients[1]
+    assert quarter.norm() > 0
+    torch.testing.assert_close(half, 2 * quarter, atol=1e-6, rtol=1e-4)
+
+
+def test_a_body_inside_an_adapter_is_followed(tmp_path):
+    """A wrapper hands attributes on, so that they must not be set on it."""
+    wrapped = run.with_lora(run.make_model().model)
+    assert find_body(wrapped) is wrapped.base_model.model
 
 
 def test_raises_when_the_trainer_has_another_model(tmp_path):

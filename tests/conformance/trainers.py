@@ -67,6 +67,20 @@ def own_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
 
 
+class OwnTrainer(Trainer):
+    """A user's trainer: it passes labels on, and makes its own loss all the same."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs, targets = model(**inputs), inputs["labels"][:, 1:]
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, targets.flatten())
+        return (loss, outputs) if return_outputs else loss
+
+
 @dataclass(frozen=True)
 class Kind:
     """A trainer, as a user makes it.
@@ -100,6 +114,7 @@ KINDS = {
     "Trainer, label_smoothing_factor": Kind(
         Trainer, TrainingArguments, chat_rows, fields={"label_smoothing_factor": 0.1}
     ),
+    "Trainer, own compute_loss": Kind(OwnTrainer, TrainingArguments, chat_rows, counts_targets=False),
     "TRL SFT": Kind(SFTTrainer, SFTConfig, chat_rows, fields=SFT_FIELDS),
     "TRL DPO": Kind(DPOTrainer, DPOConfig, preference_rows, fields={"max_length": None}, counts_targets=False),
     "TRL GRPO": Kind(GRPOTrainer, GRPOConfig, prompt_rows, GRPO_FIELDS, counts_targets=False),
@@ -125,7 +140,7 @@ def build(name: str, model: Any, processor: Any, folder: str, num_rows: int, **f
     """A trainer over `num_rows` rows."""
     kind = KINDS[name]
     keywords: dict[str, Any] = dict(kind.keywords)
-    if kind.trainer is Trainer:
+    if kind.config is TrainingArguments:
         keywords["data_collator"] = ChatCollator(processor)
     if kind.trainer is GRPOTrainer:
         keywords["reward_funcs"] = reward
