@@ -77,16 +77,16 @@ class VLMoEPreTrainedModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
-        """As the host does; the receipt, the history and the card are written where the folder has none."""
+        """As the host does; the receipt, the history and the card are written too (see companions.py)."""
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if self.should_save_on_this_rank(is_main_process):
             write_companions(self.companions, save_directory)
 
-    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         # Both of the host's ways to push end here (transformers 5.23).
         write_companions(self.companions, working_dir)
-        replace_host_card(self.companions, working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
+        replace_host_card(self.companions, working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         make_recorders_picklable(self)
@@ -258,7 +258,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
                 warn_unfollowed()
             context.share = torch.tensor(self.micro_batch_share or 1.0, device=self.device)
         if self.followed is not None:
-            self.followed.contexts.append(context)
+            self.followed.add(context)
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             context.token_mask = attention_mask.bool()
         return context

@@ -38,6 +38,7 @@ class RouterContext:
         parts: each sparse part's (balance, z) coefficients, read off the configuration for this pass: trainers write
             them, and a module may be a copy (PEFT's `modules_to_save`), as would be a configuration that it held.
         coefficients: those of the part that the context was handed to.
+        is_followed: whether a trainer's own loss tells the scale too.
     """
 
     token_mask: Tensor | None = None
@@ -45,6 +46,7 @@ class RouterContext:
     loss_scale: Tensor = field(default_factory=_one)
     parts: dict[str, tuple[float, float]] = field(default_factory=dict)
     coefficients: tuple[float, float] = (0.0, 0.0)
+    is_followed: bool = False
 
     def of(self, part: str) -> "RouterContext":
         """The context as "text", "vision" or "connector" gets it; of images every token is real."""
@@ -100,14 +102,17 @@ class _FollowLoss(torch.autograd.Function):
     """The identity on the task loss; its backward notes what the trainer multiplied the loss by."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, loss_scale: Tensor) -> Tensor:
-        ctx.loss_scale = loss_scale
+    def forward(ctx: Any, loss: Tensor, loss_scale: Tensor, is_followed: bool) -> Tensor:
+        ctx.loss_scale, ctx.is_followed = loss_scale, is_followed
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.loss_scale.copy_(gradient.detach())
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        seen = gradient.detach()
+        if ctx.is_followed:  # DDP gives zero to outputs that are not trained: then the trainer's own loss holds
+            seen = torch.where(seen == 0, ctx.loss_scale.to(seen), seen)
+        ctx.loss_scale.copy_(seen)
+        return gradient, None, None
 
 
 class _FollowPasses(torch.autograd.Function):
@@ -129,7 +134,7 @@ class _FollowPasses(torch.autograd.Function):
 
 def follow_loss(loss: Tensor, context: RouterContext | None) -> Tensor:
     """The task loss, watched: the attached losses are scaled in backward as the trainer scales this one."""
-    return loss if context is None else _FollowLoss.apply(loss, context.loss_scale)
+    return loss if context is None else _FollowLoss.apply(loss, context.loss_scale, context.is_followed)
 
 
 class FollowedLoss:
@@ -141,6 +146,11 @@ class FollowedLoss:
 
     def __init__(self) -> None:
         self.contexts: list[RouterContext] = []
+
+    def add(self, context: RouterContext) -> None:
+        """Takes up a pass."""
+        context.is_followed = True
+        self.contexts.append(context)
 
     def follow(self, loss: Tensor, share: Tensor | float) -> Tensor:
         """The loss, watched.
@@ -174,7 +184,7 @@ def warn_unseen(loss_scale: Tensor) -> None:
     if torch.compiler.is_compiling() or not _looks_for_unseen:
         return
     _looks_for_unseen = False
-    if loss_scale.item() == UNSEEN:
+    if loss_scale.item() in (UNSEEN, 0.0):  # DDP gives zero to outputs that are not trained
         logger.warning(
             "The model computed a loss (forward got labels), but another one is trained. Its router losses reach the "
             "routers, but do not follow gradient accumulation or fp16 loss scaling. "

@@ -64,7 +64,7 @@ class Mistake:
 
 @contextmanager
 def nothing_followed() -> Iterator[None]:
-    with patch.object(_FollowLoss, "backward", staticmethod(lambda ctx, g: (g, None))):
+    with patch.object(_FollowLoss, "backward", staticmethod(lambda ctx, g: (g, None, None))):
         with patch.object(_FollowPasses, "backward", staticmethod(lambda ctx, g: (g, None, None))):
             yield
 
