@@ -11,6 +11,7 @@ from typing import Any
 from modeling_vlmoe import __version__
 from modeling_vlmoe.companions import RECEIPT_NAME
 from modeling_vlmoe.configuration_vlmoe import PARTS
+from modeling_vlmoe.model_cards.side_files import read_side_file
 
 from .casts import find_casts
 from .connector_init import DrawnConnector
@@ -19,7 +20,6 @@ from .licences import read_licence
 from .mapping import Mapping
 from .parents import Parent, is_on_hub
 from .planning import UpcyclePlan
-from .streaming import read_json
 
 PACKAGES = ("torch", "transformers", "safetensors")
 # A change of the receipt's shape that a reader has to know of raises this.
@@ -41,7 +41,7 @@ def describe_parent(parent: Parent) -> dict[str, Any]:
         "files": {file.name: file.stat().st_size for file in parent.reader.files},
     }
     if (parent.folder / RECEIPT_NAME).is_file():
-        described["parents"] = read_json(parent.folder / RECEIPT_NAME).get("parents", {})
+        described["parents"] = read_side_file(parent.folder, RECEIPT_NAME).get("parents") or {}
     return described
 
 
@@ -97,8 +97,10 @@ def describe_proof(findings: Findings) -> dict[str, Any]:
     }
 
 
-def build_receipt(plan: UpcyclePlan, findings: Findings, file_hashes: dict[str, str]) -> dict[str, Any]:
-    """The receipt as JSON values."""
+def build_receipt(
+    plan: UpcyclePlan, findings: Findings, file_hashes: dict[str, str], weights: str | None
+) -> dict[str, Any]:
+    """The receipt as JSON values; `weights` is the fingerprint of what was written."""
     return {
         "format": FORMAT,
         "parents": {role: describe_parent(parent) for role, parent in plan.parents.items()},
@@ -108,6 +110,7 @@ def build_receipt(plan: UpcyclePlan, findings: Findings, file_hashes: dict[str, 
         "mapping": describe_mapping(plan.mapping),
         "proof": describe_proof(findings),
         "files_sha256": file_hashes,
+        "weights": weights,
         "versions": {"vlmoe": __version__, **{package: version(package) for package in PACKAGES}},
     }
 

@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from modeling_vlmoe import VLMoEForConditionalGeneration, register
 from modeling_vlmoe.companions import HISTORY_NAME
 from modeling_vlmoe.model_cards import write_card
+from modeling_vlmoe.weight_fingerprint import fingerprint
 
 from .arguments import UpcycleArguments
 from .meta_models import build_on_meta
@@ -67,7 +68,7 @@ def upcycle(args: UpcycleArguments) -> Path:
         gaps = prove(plan, folder, reads_all=False)
         small = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in file_hashes]
         file_hashes |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in small}
-        write_receipt(folder, build_receipt(plan, gaps, dict(sorted(file_hashes.items()))))
+        write_receipt(folder, build_receipt(plan, gaps, dict(sorted(file_hashes.items())), fingerprint(folder)))
         write_card(folder, name=output.resolve().name)  # of the receipt, so its hash is not in it
     return output
 

@@ -16,6 +16,7 @@ _HOMES = {
     "evaluate_vqa": "evaluation",
     "finetune": "train",
     "follow_trainer": "loss_follower",
+    "WholeUploads": "uploads",
     "load_chat_data": "data",
     "load_finetuned": "checkpoints",
     "lora_config": "adapters",

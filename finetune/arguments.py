@@ -12,7 +12,6 @@ from typing import Any, NoReturn, cast
 
 import torch
 import yaml
-from huggingface_hub import is_offline_mode
 from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 from transformers.integrations import is_tensorboard_available
 
@@ -62,9 +61,10 @@ class FinetuneArguments(FinetuneSettings, TrainingArguments):
             raise ValueError(
                 "report_to names tensorboard, which is not installed: pip install 'vlmoe[train]', or report_to=none."
             )
-        if self.push_to_hub and is_offline_mode():
+        if self.push_to_hub:
             raise ValueError(
-                "push_to_hub is on, but HF_HUB_OFFLINE keeps this process from the Hub; drop one of them."
+                "push_to_hub is on, but the Trainer's upload would take along settings with paths of this machine. "
+                f"Leave it out, and push the result: vlmoe push {self.output_dir} --repo-id user/name."
             )
 
     def _check_choices(self) -> None:

@@ -14,11 +14,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, TrainerState
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
-from modeling_vlmoe.companions import HISTORY_NAME, RECEIPT_NAME, write_companions
+from modeling_vlmoe.companions import HISTORY_NAME, RECEIPT_NAME
 from modeling_vlmoe.model_cards import keep_edited_card, write_card
+from modeling_vlmoe.model_cards.side_files import EVAL_RESULTS_NAME, check_companions, read_side_file
 
 from .arguments import FinetuneArguments
-from .history import describe_run, write_history
+from .evaluation_file import drop_stale_evaluation
+from .history import describe_run, write_history, write_runs
 from .settings import SETTINGS_NAME
 
 MAX_SHARD_SIZE = "5GB"
@@ -34,17 +36,19 @@ def load_base(
     """The model to tune, through the Auto classes.
 
     Raises:
-        ValueError: if there is none, or it is not a vlmoe model.
+        ValueError: if there is none, it is not a vlmoe model, or a file that a run's story is told from is broken.
     """
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     check_base(load_base_config(model, revision, trust_remote_code), model)
     kernel = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
     try:
-        return AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, use_safetensors=True, **kernel, **hub)
+        base = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, use_safetensors=True, **kernel, **hub)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"The weights of model {model} cannot be read; expected safetensors that are whole. {error}"
         ) from error
+    check_companions(base.companions, model)
+    return base
 
 
 def load_base_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -118,7 +122,8 @@ def tell_of_run(
 ) -> None:
     """Writes the receipt of the model that was tuned, where it has one, and its history with this run at the end."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    write_companions({name: text for name, text in base.companions.items() if name == RECEIPT_NAME}, folder)
+    if RECEIPT_NAME in base.companions and not (folder / RECEIPT_NAME).exists():
+        (folder / RECEIPT_NAME).write_text(base.companions[RECEIPT_NAME], encoding="utf-8")
     write_history(folder, base, describe_run(args.settings(), base, num_rows, state))
 
 
@@ -148,6 +153,8 @@ def save_finetuned(
         else:
             model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         processor.save_pretrained(folder)
+        (folder / EVAL_RESULTS_NAME).unlink(missing_ok=True)  # of a run that this one continues
+        drop_stale_evaluation(folder)
         tell_of_run(folder, model, args, num_rows, state)
         write_settings(folder, args)
     return folder
@@ -216,5 +223,7 @@ def merge_adapter(adapter: str | Path, output_dir: str | Path, base_model: str |
     for name in (RECEIPT_NAME, HISTORY_NAME, SETTINGS_NAME):
         if (Path(adapter) / name).is_file():
             shutil.copyfile(Path(adapter) / name, output_dir / name)
+    if (Path(adapter) / HISTORY_NAME).is_file() and (runs := read_side_file(output_dir, HISTORY_NAME)):
+        write_runs(output_dir, runs)
     write_card(output_dir, replace=True)
     return output_dir

@@ -2,16 +2,19 @@
 
     {"metric": "...", "data": {"name": "test.jsonl", "hub_id": null}, "n": 2000, "accuracy": 0.98,
      "interval": [0.97, 0.99], "groups": {"colour": {"n": 400, ...}},
-     "controls": {"majority answer": {"n": 2000, ...}}}
+     "weights": "...", "controls": {"majority answer": {"n": 2000, ...}}}
 
-`controls` names whatever was measured on the same questions: the majority answer, shuffled images, the LLM alone, the
-dense model. The model card shows the file as it is.
+`weights` is the fingerprint of the weights it was measured on: beside others it is not shown, and a run that writes
+others removes it. `controls` names whatever was measured on the same questions: the majority answer, shuffled images,
+the LLM alone, the dense model. The model card shows the file as it is.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from modeling_vlmoe.weight_fingerprint import fingerprint
 
 from .sources import describe_source
 
@@ -45,7 +48,15 @@ def write_evaluation(
         The file.
     """
     values = {"metric": METRIC, "data": None if data is None else describe_source(data), **describe_share(result)}
+    values["weights"] = fingerprint(Path(folder))
     values["controls"] = {name: describe_share(control) for name, control in (controls or {}).items()}
     path = Path(folder) / EVALUATION_NAME
     path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def drop_stale_evaluation(folder: Path) -> None:
+    """Removes an evaluation that is not of the weights that a folder holds."""
+    path = folder / EVALUATION_NAME
+    if path.is_file() and f'"{fingerprint(folder)}"' not in path.read_text(encoding="utf-8", errors="replace"):
+        path.unlink()

@@ -12,6 +12,7 @@ from transformers import TrainerState
 
 from modeling_vlmoe.companions import CARD_NAME, HISTORY_NAME
 from modeling_vlmoe.model_cards.licences import stated_licence
+from modeling_vlmoe.weight_fingerprint import fingerprint
 
 from .settings import FinetuneSettings
 from .sources import describe_source
@@ -86,6 +87,11 @@ def describe_run(
 
 
 def write_history(folder: Path, base: Any, run: dict[str, Any]) -> None:
-    """Writes the history of the tuned model, with this run at its end."""
-    runs = [*json.loads(base.companions.get(HISTORY_NAME, "[]")), run]
+    """Writes the history of the tuned model, with this run at its end, into a folder that holds what the run wrote."""
+    write_runs(folder, [*json.loads(base.companions.get(HISTORY_NAME, "[]")), run])
+
+
+def write_runs(folder: Path, runs: list[dict[str, Any]]) -> None:
+    """Writes a history whose last run, as trained or merged, gave the weights in the folder."""
+    runs = [*runs[:-1], {**runs[-1], "weights": fingerprint(folder)}]
     (folder / HISTORY_NAME).write_text(json.dumps(runs, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -4,37 +4,23 @@ The last line of a rendered card is a comment with the hash of all that stands a
 to render anew. A card without it, or with another text above, was written by somebody else and stays as it is.
 """
 
-import hashlib
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from modeling_vlmoe.companions import CARD_NAME
+from modeling_vlmoe.companions import CARD_NAME, is_rendered, mark_rendered
 
 from . import sections
 from .facts import CardFacts, read_facts
 from .metadata import build_metadata
+from .usages import find_usage
 
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("template.md")
-MARK = re.compile(r"\n<!-- rendered by vlmoe; edit what is above and it stays: ([0-9a-f]{64}) -->\n?\Z")
-
-
-def digest(text: str) -> str:
-    """The hash of a card's text, whatever its line ends."""
-    return hashlib.sha256(text.replace("\r\n", "\n").encode()).hexdigest()
-
-
-def is_rendered(text: str) -> bool:
-    """Whether a card is as it was rendered."""
-    text = text.replace("\r\n", "\n")
-    mark = MARK.search(text)
-    return mark is not None and mark[1] == digest(text[: mark.start()])
 
 
 def render_facts(facts: CardFacts, repo_id: str | None = None) -> str:
@@ -54,9 +40,9 @@ def render_facts(facts: CardFacts, repo_id: str | None = None) -> str:
         intended_use=sections.describe_use(facts),
         bias=sections.describe_bias(facts),
         limits=sections.describe_limits(facts),
+        **vars(find_usage(facts)),
     )
-    text = f"{str(card).strip()}\n"
-    return f"{text}\n<!-- rendered by vlmoe; edit what is above and it stays: {digest(text)} -->\n"
+    return mark_rendered(str(card))
 
 
 def render_card(folder: str | Path, name: str | None = None, repo_id: str | None = None) -> str:

@@ -49,7 +49,7 @@ def parent_licence(parent: dict[str, Any]) -> Licence | None:
     """The licence of a parent as a receipt describes it: the one it states, else what follows from its own parents."""
     if parent.get("license") is not None:
         return parent["license"]
-    grandparents = list(parent.get("parents", {}).values())
+    grandparents = list((parent.get("parents") or {}).values())
     combined = combine_licences(grandparents)
     return None if combined["license"] == UNKNOWN else combined
 
@@ -69,6 +69,18 @@ def combine_licences(parents: Iterable[dict[str, Any]]) -> Licence:
     if link := next(filter(None, (find_link(parent, licence) for parent, licence in known)), None):
         combined["license_link"] = link
     return combined
+
+
+def stated_otherwise(parents: Iterable[dict[str, Any]]) -> list[tuple[str, Licence, Licence]]:
+    """Parents whose card states another licence than follows from what they were made of: name, stated, inherited."""
+    found = []
+    for parent in parents:
+        own = list((parent.get("parents") or {}).values())
+        stated, inherited = parent.get("license"), combine_licences(own)
+        if own and stated is not None and licence_name(stated) != licence_name(inherited):
+            found.append((parent["name"], stated, inherited))
+        found += stated_otherwise(own)
+    return found
 
 
 def find_link(parent: dict[str, Any], licence: Licence) -> str | None:

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 
 from .facts import CardFacts
 from .licences import Licence, combine_licences
+from .usages import find_usage
 
 TAGS = ["vlmoe", "mixture-of-experts", "upcycled"]
 
@@ -36,31 +37,42 @@ def base_models(facts: CardFacts) -> tuple[list[str], str | None]:
     if facts.adapter is not None:
         base = adapter_base(facts)
         return ([base], "adapter") if base else ([], None)
-    tuned = [run["model"]["hub_id"] for run in facts.runs if run.get("model", {}).get("hub_id")]
+    tuned = [run["model"]["hub_id"] for run in facts.runs if (run.get("model") or {}).get("hub_id")]
     if tuned:
         return [tuned[-1]], "finetune"
-    ids = without_repeats(name for parent in facts.receipt.get("parents", {}).values() for name in hub_ids(parent))
+    ids = without_repeats(name for parent in (facts.receipt.get("parents") or {}).values() for name in hub_ids(parent))
     return ids, "merge" if ids else None
+
+
+def stated_by(facts: CardFacts) -> tuple[str, Licence] | None:
+    """The last tuned model whose card states a licence, and that licence."""
+    tuned = [run["model"] for run in facts.runs if (run.get("model") or {}).get("license")]
+    return (tuned[-1].get("name") or "the tuned model", dict(tuned[-1]["license"])) if tuned else None
+
+
+def inherited_licence(facts: CardFacts) -> Licence:
+    """What follows from the parents' licences."""
+    return combine_licences((facts.receipt.get("parents") or {}).values())
 
 
 def find_licence(facts: CardFacts) -> Licence:
     """The licence that the tuned model's card states, else what follows from the parents'."""
-    stated = [run["model"]["license"] for run in facts.runs if run.get("model", {}).get("license")]
-    return dict(stated[-1]) if stated else combine_licences(facts.receipt.get("parents", {}).values())
+    stated = stated_by(facts)
+    return stated[1] if stated else inherited_licence(facts)
 
 
 def build_metadata(facts: CardFacts) -> ModelCardData:
     """The metadata of a folder's card."""
     ids, relation = base_models(facts)
     is_adapter = facts.adapter is not None
-    data = [run[name]["hub_id"] for run in facts.runs for name in ("data", "eval_data") if run.get(name)]
+    data = [run[name].get("hub_id") for run in facts.runs for name in ("data", "eval_data") if run.get(name)]
     datasets = without_repeats(filter(None, data))
     given: dict[str, Any] = {
         "base_model": ids,
         "base_model_relation": relation,
         **find_licence(facts),
         "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": "image-text-to-text",
+        "pipeline_tag": find_usage(facts).task,
         "tags": [*TAGS, *(["lora"] if is_adapter else [])],
         "datasets": datasets,
     }

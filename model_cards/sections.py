@@ -7,14 +7,19 @@ from modeling_vlmoe.companions import HISTORY_NAME, RECEIPT_NAME
 from modeling_vlmoe.configuration_vlmoe import PARTS
 from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
 
-from .facts import CardFacts
-from .licences import licence_name, parent_licence
-from .metadata import adapter_base, find_licence
+from .facts import CardFacts, are_recorded
+from .licences import licence_name, parent_licence, stated_otherwise
+from .metadata import adapter_base, find_licence, inherited_licence, stated_by
+from .usages import find_usage
 
 PART_NAMES = {"text": "LLM", "vision": "ViT", "connector": "connector"}
 PARENT_NAMES = {"text": "LLM", "vision": "ViT", "vlm": "dense vision-language model"}
 # What a run's history tells in a sentence of its own, not in the list of settings.
 IN_WORDS = ("max_steps", "num_train_epochs")
+CHANGED = (
+    "The weights are not those that {}: they were changed afterwards by a training, or in another way (merged, "
+    "resized, cast), that is not recorded here."
+)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -48,7 +53,7 @@ def experts(moe: Mapping[str, Any] | None) -> str:
 
 def describe_parts(facts: CardFacts) -> str:
     """The towers and their experts, one line each."""
-    settings = facts.receipt.get("settings", {})
+    settings = facts.receipt.get("settings") or {}
     lines = []
     for part in PARTS:
         shape = ""
@@ -68,27 +73,33 @@ def describe_parts(facts: CardFacts) -> str:
 
 def describe_parameters(facts: CardFacts) -> str:
     """Total and active parameters, and an adapter's own."""
-    counted = facts.receipt.get("parameters", {})
+    counted = facts.receipt.get("parameters") or {}
     if facts.adapter is not None:
         whole = f"{counted['total']:,} ({counted['active']:,} active per token)" if counted else "not known"
         return f"Parameters of the adapter: {facts.num_stored:,}; of the model it belongs to: {whole}."
-    total = counted.get("total") or facts.num_stored
-    active = f"{counted['active']:,}" if counted else "not known"
+    total = facts.num_stored or counted.get("total")
+    active = f"{counted['active']:,}" if counted and counted["total"] == total else "not known"
     return f"Parameters: {total:,} in total, {active} active per token." if total else "Parameters: not known."
 
 
 def what_it_is(facts: CardFacts) -> str:
     """A sentence, the parts, the parameters."""
-    kind = "A vision-language model with sparse Mixture-of-Experts layers"
+    kind = f"A {find_usage(facts).kind} with sparse Mixture-of-Experts layers"
     if facts.config is not None and all(facts.config.moe(part) is None for part in PARTS):
-        kind = "A dense vision-language model"
+        kind = f"A dense {find_usage(facts).kind}"
     if facts.adapter is not None:
         base = adapter_base(facts)
         of = linked({"hub_id": base}) if base else "a vlmoe model that is not on the Hub"
-        kind = f"A LoRA adapter (PEFT) of {of}, a vision-language model with sparse Mixture-of-Experts layers"
+        kind = f"A LoRA adapter (PEFT) of {of}, a {find_usage(facts).kind} with sparse Mixture-of-Experts layers"
     made = ", made of dense pretrained parents by upcycling" if facts.receipt else ""
     tuned = f", tuned in {len(facts.runs)} stage{'s' if len(facts.runs) > 1 else ''}" if facts.runs else ""
-    text = [f"{kind}{made}{tuned}.", facts.notes.description, describe_parts(facts), describe_parameters(facts)]
+    changed = ", and changed in a way that is not recorded" if are_recorded(facts) is False else ""
+    text = [
+        f"{kind}{made}{tuned}{changed}.",
+        facts.notes.description,
+        describe_parts(facts),
+        describe_parameters(facts),
+    ]
     return "\n\n".join(filter(None, text))
 
 
@@ -99,8 +110,8 @@ def parent_rows(parents: Mapping[str, Any], depth: int = 0) -> list[list[str]]:
         licence = licence_name(parent_licence(parent))
         name = f"{'of this: ' * bool(depth)}{PARENT_NAMES.get(role, role)}"
         revision = f"`{parent['revision']}`" if parent.get("revision") else "not known"
-        rows.append([name, linked(parent), parent.get("model_type", "not known"), revision, licence])
-        rows += parent_rows(parent.get("parents", {}), depth + 1)
+        rows.append([name, linked(parent), parent.get("model_type") or "not known", revision, licence])
+        rows += parent_rows(parent.get("parents") or {}, depth + 1)
     return rows
 
 
@@ -113,49 +124,67 @@ def describe_parents(facts: CardFacts) -> str:
     return "\n\n".join(filter(None, [table(["", "model", "type", "revision", "licence"], rows), facts.notes.parents]))
 
 
+def licence_conflicts(facts: CardFacts) -> list[str]:
+    """Cards that state another licence than follows from what their model was made of, a sentence each."""
+    parents = list((facts.receipt.get("parents") or {}).values())
+    conflicts = stated_otherwise(parents)
+    stated, inherited = stated_by(facts), inherited_licence(facts)
+    if stated and parents and licence_name(stated[1]) != licence_name(inherited):
+        conflicts = [(*stated, inherited), *conflicts]
+    return [
+        f"The card of {name} states {licence_name(said)}, but what it was made of is under "
+        + ("licences that are not all known." if licence_name(own) == "unknown" else f"{licence_name(own)}.")
+        for name, said, own in conflicts
+    ]
+
+
 def describe_licence(facts: CardFacts) -> str:
-    """What holds for this model, and why."""
-    licence = find_licence(facts)
-    name = licence_name(licence)
+    """What holds for this model, and who says so."""
+    name, stated = licence_name(find_licence(facts)), stated_by(facts)
     if name == "unknown":
         return (
             "Unknown: not every parent's licence was stated where it was read. Find out before you use or share "
             "the model."
         )
-    links = {parent["name"]: parent_licence(parent) for parent in facts.receipt.get("parents", {}).values()}
-    if len({licence_name(one) for one in links.values()}) > 1 and not any(
-        run.get("model", {}).get("license") for run in facts.runs
-    ):
+    if conflicts := licence_conflicts(facts):
+        source = f"as the card of {stated[0]} states" if stated else "as its parents' cards state"
+        return f"{name}, {source}. {' '.join(conflicts)} Find out which holds before you use or share the model."
+    parents = {parent["name"]: parent_licence(parent) for parent in (facts.receipt.get("parents") or {}).values()}
+    if len({licence_name(one) for one in parents.values()}) > 1:
         each = "; ".join(
             f"{parent}: {licence_name(one)}" + (f" ({one['license_link']})" if one and "license_link" in one else "")
-            for parent, one in links.items()
+            for parent, one in parents.items()
         )
         return f"The parents' licences differ, and both hold: {each}."
-    return f"{name}, as its parents." if links else f"{name}."
+    if parents:
+        return f"{name}, as its parents."
+    return f"{name}, as the card of {stated[0]} states." if stated else f"{name}."
 
 
 def describe_upcycling(facts: CardFacts) -> str:
     """The receipt, in short."""
     receipt = facts.receipt
-    if "settings" not in receipt:
+    if not receipt.get("settings"):
         return f"Not known: there is no whole `{RECEIPT_NAME}`."
-    settings, proof = receipt["settings"], receipt.get("proof", {})
+    settings, proof = receipt["settings"], receipt.get("proof") or {}
     lines = [f"- experts: {PART_NAMES[part]} {experts(settings.get(f'{part}_moe'))}" for part in PARTS]
     lines += [
-        f"- expert init `{settings['expert_init']}`, router init `{settings['router_init']}`, seed {receipt['seed']}",
+        f"- expert init `{settings['expert_init']}`, router init `{settings['router_init']}`, "
+        f"seed {receipt.get('seed', 'not known')}",
         f"- dtype {settings['dtype']}, {settings['num_image_tokens']} tokens per image",
     ]
-    if "largest_gap" in proof:
+    if {"largest_gap", "largest_gap_limit"} <= set(proof):
         lines.append(
             f"- largest gap to the parents {proof['largest_gap']:.1e} standard deviations "
             f"(limit {proof['largest_gap_limit']:.1e}), measured on the files as they were written"
         )
-    if rounded := [cast for cast in settings.get("casts", []) if not cast["is_exact"]]:
+    if rounded := [cast for cast in settings.get("casts") or [] if not cast["is_exact"]]:
         lines += [
-            f"- the {PARENT_NAMES[cast['parent']]} was rounded from {cast['source']} to {cast['target']}"
+            f"- the {PARENT_NAMES.get(cast['parent'], cast['parent'])} was rounded from {cast['source']} "
+            f"to {cast['target']}"
             for cast in rounded
         ]
-    versions = ", ".join(f"{name} {version}" for name, version in receipt.get("versions", {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in (receipt.get("versions") or {}).items())
     lines += [f"- versions: {versions or 'not known'}", f"- everything else: `{RECEIPT_NAME}`"]
     return "\n".join(lines)
 
@@ -170,7 +199,7 @@ def describe_run(run: Mapping[str, Any], number: int) -> str:
     start = f" of {linked(model)}" if model.get("name") else ""
     revision = f" at `{model['revision']}`" if model.get("revision") else ""
     settings = ", ".join(
-        f"{key} {value}" for key, value in run.get("settings", {}).items() if key not in IN_WORDS and value != []
+        f"{key} {value}" for key, value in (run.get("settings") or {}).items() if key not in IN_WORDS and value != []
     )
     return (
         f"{number}. `{run.get('method')}`{start}{revision}: data {name or data.get('name') or 'not known'} ({rows}), "
@@ -178,16 +207,32 @@ def describe_run(run: Mapping[str, Any], number: int) -> str:
     )
 
 
+def describe_change(facts: CardFacts) -> str | None:
+    """That the weights are others than the files tell of, where they are."""
+    if are_recorded(facts) is not False:
+        return None
+    return CHANGED.format("the last of these trainings wrote" if facts.runs else "the upcycling wrote")
+
+
+def describe_no_training(facts: CardFacts) -> str:
+    """What is known where no training is told of."""
+    if facts.steps is not None or not facts.receipt:
+        return f"Not known: there is no `{HISTORY_NAME}`."
+    if are_recorded(facts):
+        return "None after the upcycling."
+    return "None is recorded, and nothing says whether the weights are still those that the upcycling wrote."
+
+
 def describe_training(facts: CardFacts) -> str:
-    """Every stage, and how far a checkpoint of a Trainer had come."""
-    stages = [describe_run(run, number) for number, run in enumerate(facts.runs, 1)]
-    if not stages and facts.steps is None:
-        nothing = "None after the upcycling, as far as this folder's files know."
-        return "\n\n".join(filter(None, [facts.notes.data, nothing]))
-    text = ["\n".join(stages) if stages else f"Not known: there is no `{HISTORY_NAME}`."]
+    """Every stage, what is not recorded, and how far a checkpoint of a Trainer had come."""
+    stages = "\n".join(describe_run(run, number) for number, run in enumerate(facts.runs, 1))
+    changed = describe_change(facts)
+    text: list[str | None] = [stages, changed] if stages or changed else [describe_no_training(facts)]
     if facts.steps is not None:
         text.append(f"This is the trainer's checkpoint at step {facts.steps}.")
-    return "\n\n".join(filter(None, [*text, facts.notes.data or "What is in the data: not stated."]))
+    has_data = bool(stages or changed or facts.steps is not None)
+    text.append(facts.notes.data or ("What is in the data: not stated." if has_data else None))
+    return "\n\n".join(filter(None, text))
 
 
 def share(values: Mapping[str, Any]) -> str:
@@ -202,13 +247,17 @@ def describe_evaluation(facts: CardFacts) -> str:
     if found is None:
         loss = (facts.eval_results or {}).get("eval_loss")
         measured = f" The loss on held-out rows was {loss:.4f}." if loss is not None else ""
-        return f"Not measured: there is no `{EVALUATION_NAME}`.{measured}"
-    groups = list(found.get("groups", {}))
-    rows = [["**this model**", *(share(one) for one in (found, *found.get("groups", {}).values()))]]
-    for name, control in found.get("controls", {}).items():
-        own = control.get("groups", {})
+        why = "does not say that it is about these weights" if facts.has_other_evaluation else None
+        return (
+            f"Not measured: {f'`{EVALUATION_NAME}` {why}' if why else f'there is no `{EVALUATION_NAME}`'}.{measured}"
+        )
+    by_group = found.get("groups") or {}
+    groups = list(by_group)
+    rows = [["**this model**", *(share(one) for one in (found, *by_group.values()))]]
+    for name, control in (found.get("controls") or {}).items():
+        own = control.get("groups") or {}
         rows.append([name, share(control), *(share(own[group]) if group in own else "" for group in groups)])
-    counts = (found, *found.get("groups", {}).values())
+    counts = (found, *by_group.values())
     rows.append(["n", *(str(one["n"]) for one in counts)])
     data = found.get("data") or {}
     missing = (
@@ -219,19 +268,23 @@ def describe_evaluation(facts: CardFacts) -> str:
 
 
 def is_untrained(facts: CardFacts) -> bool:
-    """Whether the connector is as it was drawn."""
-    return bool(facts.receipt.get("parents")) and "vlm" not in facts.receipt["parents"] and not facts.runs
+    """Whether the connector is known to be as it was drawn."""
+    parents = facts.receipt.get("parents")
+    return (
+        parents is not None and bool(parents) and "vlm" not in parents and not facts.runs and bool(are_recorded(facts))
+    )
 
 
 def describe_use(facts: CardFacts) -> str:
     """What it is for, as its makers say."""
     if facts.notes.intended_use:
         return facts.notes.intended_use
-    if is_untrained(facts) and facts.steps is None:
+    if is_untrained(facts):
         return (
             "To be tuned: it is the start of a training (`vlmoe finetune align`, then `lora`), not a finished model."
         )
-    return "Not stated. It was tuned for the task under Training and is not known to be good for another."
+    tuned = " It was tuned for the task under Training and is not known to be good for another."
+    return f"Not stated.{tuned if facts.runs else ''}"
 
 
 def describe_bias(facts: CardFacts) -> str:
@@ -245,7 +298,7 @@ def describe_bias(facts: CardFacts) -> str:
 def describe_limits(facts: CardFacts) -> str:
     """What follows from how it was made, and what its makers say."""
     text = [facts.notes.limits]
-    if is_untrained(facts) and facts.steps is None:
+    if is_untrained(facts):
         text.append(
             "Its connector is drawn at random: until it is tuned, what it says about an image means nothing. On text "
             "it answers as its LLM does."

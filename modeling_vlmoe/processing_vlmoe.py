@@ -16,11 +16,14 @@ Example:
 import copy
 import logging
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from PIL import Image
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.image_utils import is_valid_image, load_image
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
@@ -109,6 +112,14 @@ def _pick_template(template: str | dict[str, str]) -> str:
     return template["default"]
 
 
+def _copy_model_code(folder: Path) -> None:
+    """Copies the model's code where it is beside this file."""
+    code = Path(__file__).with_name("modeling_vlmoe.py")
+    if code.is_file():  # of a repository that holds a processor alone, the host has fetched no more
+        for file in (code, *[Path(name) for name in get_relative_import_files(code)]):
+            shutil.copyfile(file, folder / file.name)
+
+
 def _check_own_id(tokenizer: Any, image_token: str) -> None:
     """A vocabulary with holes makes the tokenizers library (0.22) give a new token an id that is taken."""
     image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -164,6 +175,15 @@ class VLMoEProcessor(ProcessorMixin):
                 f"The tokenizer has no single token {self.image_token!r} (it reads it as {token_ids}). Build the "
                 "processor by VLMoEProcessor.from_parents, which adds it, or name another as image_token."
             )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """As the host does; the model's code is written too. The host's Trainer uploads a folder where it has saved
+        the processor, and to which it has copied weights and config.json alone (transformers 5.23).
+        """
+        if self._auto_class is not None and not os.path.isfile(save_directory):
+            os.makedirs(save_directory, exist_ok=True)
+            _copy_model_code(Path(save_directory))
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_parents(

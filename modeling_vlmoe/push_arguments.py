@@ -18,7 +18,7 @@ class PushArguments:
     revision: str | None = option("Branch to push to, made where there is none; not given: main.")
     commit_message: str | None = option("The commit's message; not given: it names the folder's kind.")
     base_model: str | None = option(
-        "For an adapter: the Hub id of its model, written into adapter_config.json, where that names a local folder."
+        "For an adapter that names a local folder: the Hub id of its model, for the files that are pushed."
     )
     token: str | None = option("Access token; not given: HF_TOKEN, or that of `hf auth login`.")
     dry_run: bool = option("Check, print what would be pushed, push nothing.", False)

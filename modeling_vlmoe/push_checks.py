@@ -4,12 +4,13 @@ Everything else a folder holds (optimizer states, checkpoints, logs, settings wi
 """
 
 import json
-from dataclasses import dataclass
-from fnmatch import fnmatch
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor
@@ -17,14 +18,18 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
+    CHAT_TEMPLATE_DIR,
+    CHAT_TEMPLATE_FILE,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
     PROCESSOR_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
 )
 
 from modeling_vlmoe.conversion.streaming import CheckpointReader, read_json
 from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
+from modeling_vlmoe.model_cards.licences import read_metadata
 from modeling_vlmoe.model_cards.notes import NOTES_NAME
 
 from .companions import CARD_NAME, HISTORY_NAME, RECEIPT_NAME
@@ -32,21 +37,31 @@ from .configuration_vlmoe import VLMoEConfig
 from .processing_vlmoe import VLMoEProcessor
 
 LARGEST_FILE = 5 * 10**9
-# The processor's files, as the host's tokenizers and image processors write them.
+# The processor's files by the names that the host's tokenizers and image processors give them: a wider pattern would
+# match a user's own (tokenizer_hf_token.json, secret.model) too.
+TEMPLATE_FILES = (CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE)
+TEMPLATES = re.compile(rf"{CHAT_TEMPLATE_DIR}/[\w-]+\.jinja")
 PROCESSOR_FILES = (
     PROCESSOR_NAME,
     "preprocessor_config.json",
-    "tokenizer*.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
     "tokenizer.model",
+    "tiktoken.model",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
+    "vocab.json",
+    "vocab.txt",
     "merges.txt",
-    "*.model",
-    "chat_template.*",
-    "additional_chat_templates/*.jinja",
+    *TEMPLATE_FILES,
 )
-OTHER_FILES = (GENERATION_CONFIG_NAME, RECEIPT_NAME, HISTORY_NAME, EVALUATION_NAME, NOTES_NAME, "LICENSE*", "NOTICE*")
+RECORD_FILES = (RECEIPT_NAME, HISTORY_NAME, EVALUATION_NAME, NOTES_NAME)
+LEGAL_FILES = tuple(f"{name}{end}" for name in ("LICENSE", "NOTICE") for end in ("", ".md", ".txt"))
+NAMED_FILES = frozenset((*PROCESSOR_FILES, *RECORD_FILES, *LEGAL_FILES, GENERATION_CONFIG_NAME))
 
 
 @dataclass(frozen=True)
@@ -58,12 +73,16 @@ class Pushed:
         is_adapter: whether it is an adapter.
         files: paths relative to the folder, without the card.
         left_out: what else the folder holds.
+        adapter_config: of an adapter, as it is to be pushed; None for a whole model.
+        replaced: the files that are pushed with other bytes than the folder's.
     """
 
     folder: Path
     is_adapter: bool
     files: list[str]
     left_out: list[str]
+    adapter_config: dict[str, Any] | None = None
+    replaced: dict[str, bytes] = field(default_factory=dict)
 
 
 def read_auto_map(folder: Path, name: str) -> dict[str, str]:
@@ -163,8 +182,25 @@ def check_hub_id(name: str, what: str) -> None:
         raise ValueError(f"{what} {name} is no repository's id; expected user/name. {error}") from error
 
 
-def check_adapter(folder: Path, base_model: str | None, dry_run: bool) -> list[str]:
-    """An adapter's files; `base_model`, where given, is written into its configuration.
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be of a repository, and is no folder of this machine."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).is_dir()
+
+
+def refuse_local_base(folder: Path, base: str | None) -> ValueError:
+    """What is said of an adapter whose model others do not have."""
+    return ValueError(
+        f"The adapter in {folder} belongs to {base or 'a model it does not name'}, which others do not have. Push "
+        "that model first (vlmoe push), and give its id here: --base-model user/name."
+    )
+
+
+def check_adapter(folder: Path, base_model: str | None) -> dict[str, Any]:
+    """An adapter's configuration as it is to be pushed: with `base_model` in it, where that is given.
 
     Raises:
         ValueError: when others could not find the model that it belongs to, or a file is missing or broken.
@@ -179,18 +215,11 @@ def check_adapter(folder: Path, base_model: str | None, dry_run: bool) -> list[s
     config = read_json(path)
     if base_model is not None:
         check_hub_id(base_model, "--base-model")
-        config |= {"base_model_name_or_path": base_model, "revision": None}
-        if not dry_run:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+        return config | {"base_model_name_or_path": base_model, "revision": None}
     base = config.get("base_model_name_or_path") or ""
-    is_local = Path(base).expanduser().is_absolute() or Path(base).is_dir()
-    if base_model is None and (not base or is_local):
-        raise ValueError(
-            f"The adapter in {folder} belongs to {base or 'a model it does not name'}, which others do not have. Push "
-            "that model first (vlmoe push), and give its id here: --base-model user/name."
-        )
-    check_hub_id(base, f"{path}: base_model_name_or_path")
-    return [ADAPTER_CONFIG_NAME, weights.name]
+    if not is_hub_id(base):
+        raise refuse_local_base(folder, base)
+    return config
 
 
 def check_model(folder: Path) -> list[str]:
@@ -204,13 +233,12 @@ def check_model(folder: Path) -> list[str]:
     return [CONFIG_NAME, *find_weights(folder)]
 
 
-def check_folder(given: str, base_model: str | None = None, dry_run: bool = False) -> Pushed:
-    """Finds what of a folder is to be pushed.
+def check_folder(given: str | Path, base_model: str | None = None) -> Pushed:
+    """Finds what of a folder is to be pushed; the folder is only read.
 
     Args:
         given: the folder.
         base_model: for an adapter: the Hub id of its model.
-        dry_run: whether nothing may be written.
 
     Raises:
         ValueError: when what would be pushed could not be loaded.
@@ -226,32 +254,47 @@ def check_folder(given: str, base_model: str | None = None, dry_run: bool = Fals
         )
     if base_model is not None and not is_adapter:
         raise ValueError(f"--base-model is given, but {folder} holds a whole model, not an adapter; leave it out.")
-    files = check_adapter(folder, base_model, dry_run) if is_adapter else check_model(folder)
+    adapter_config, replaced = None, {}
+    if is_adapter:
+        adapter_config = check_adapter(folder, base_model)
+        files = [ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME]
+        if base_model is not None:
+            replaced = {ADAPTER_CONFIG_NAME: json.dumps(adapter_config, indent=2, sort_keys=True).encode()}
+    else:
+        files = check_model(folder)
     check_processor_loads(folder)
     files += find_code(folder, (PROCESSOR_NAME,) if is_adapter else (CONFIG_NAME, PROCESSOR_NAME))
     held = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    patterns = (*PROCESSOR_FILES, *OTHER_FILES)
-    files += [name for name in held if any(fnmatch(name, p) and name.count("/") == p.count("/") for p in patterns)]
-    files = sorted(set(files))
+    files = sorted({*files, *(name for name in held if name in NAMED_FILES or TEMPLATES.fullmatch(name))})
     rest = {name.partition("/")[0] + "/" * ("/" in name) for name in held if name not in (*files, CARD_NAME)}
-    return Pushed(folder, is_adapter, files, sorted(rest))
+    return Pushed(folder, is_adapter, files, sorted(rest), adapter_config, replaced)
 
 
 def check_card(text: str, path: Path) -> None:
     """Checks the metadata of a card that a person has edited.
 
     Raises:
-        ValueError: saying what the Hub would refuse.
+        ValueError: saying what the Hub would refuse, or what names this machine's folders.
     """
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
-    from modeling_vlmoe.model_cards.licences import read_metadata
-
     metadata: dict[str, Any] = read_metadata(text)
     if not metadata and REGEX_YAML_BLOCK.search(text):
         raise ValueError(f"The metadata of {path}, between its two lines of ---, is no YAML mapping. Mend it.")
-    bases = metadata.get("base_model") or []
-    for base in [bases] if isinstance(bases, str) else bases:
-        if Path(str(base)).is_absolute() or str(base).startswith("."):
+    for base in as_list(metadata.get("base_model")):
+        if is_path(base):
             raise ValueError(f"{path}: base_model {base} is a path of this machine; expected the id of a repository.")
-        check_hub_id(str(base), f"{path}: base_model")
+        check_hub_id(base, f"{path}: base_model")
+    for tag in as_list(metadata.get("tags")):
+        if is_path(tag.rpartition(":")[2]):  # PEFT writes base_model:adapter: and where the model was loaded from
+            raise ValueError(
+                f"{path}: the tag {tag} has a path of this machine; remove it, or write the Hub id there."
+            )
+
+
+def as_list(value: Any) -> list[str]:
+    """A metadata value that may be one or several."""
+    return [str(one) for one in (value if isinstance(value, list) else [value] if value else [])]
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be a path of this machine."""
+    return Path(name).is_absolute() or name.startswith((".", "~"))

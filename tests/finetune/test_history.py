@@ -5,13 +5,17 @@ import shutil
 
 import pytest
 from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
 
 from modeling_vlmoe.conversion import UpcycleArguments, upcycle
 from modeling_vlmoe.finetune import finetune, merge_adapter
+from modeling_vlmoe.finetune.evaluation_file import write_evaluation
 from modeling_vlmoe.finetune.history import describe_settings
-from modeling_vlmoe.model_cards import is_rendered
+from modeling_vlmoe.model_cards import is_rendered, write_card
+from modeling_vlmoe.weight_fingerprint import fingerprint
 from tests import tiny
-from tests.model_cards.folders import licence, parent, receipt
+from tests.model_cards.folders import licence, parent, receipt, share
 
 PARENTS = {"text": parent("a/llm", licence("mit")), "vision": parent("b/vit", licence("mit"))}
 
@@ -35,6 +39,8 @@ def check_told(folder, started, methods, licence="apache-2.0"):
     assert [run["method"] for run in history(folder)] == methods
     text = (folder / "README.md").read_text()
     assert is_rendered(text)
+    assert history(folder)[-1]["weights"] == fingerprint(folder)
+    assert "changed" not in text
     card = ModelCard(text)
     assert card.data.license == licence
     assert all(f"{number}. `{method}` of" in text for number, method in enumerate(methods, 1))
@@ -105,3 +111,35 @@ def test_settings_are_told_without_what_is_of_the_machine():
     assert told["model"] == {"name": "c/up", "hub_id": "c/up", "revision": None}
     assert told["data"] == {"name": "rows.jsonl", "hub_id": None}
     assert told["settings"] == {"learning_rate": 0.001}
+
+
+def test_a_resumed_run_does_not_keep_the_old_accuracy(started, arguments):
+    given = {"method": "align", "model": str(started), "lr_scheduler_type": "constant"}
+    out = finetune(arguments(**given, save_steps=1))
+    write_evaluation(out, share(16, 20))
+    (out / "eval_results.json").write_text('{"eval_loss": 1.5}')
+    write_card(out)
+    assert "0.800" in (out / "README.md").read_text()
+    finetune(arguments(**given, max_steps=3, resume_from_checkpoint="true"))
+    text = (out / "README.md").read_text()
+    assert not (out / "evaluation.json").exists()
+    assert "Not measured: there is no `evaluation.json`.\n" in text
+
+
+@pytest.mark.parametrize(("name", "value"), [("training_history.json", {}), ("upcycle_receipt.json", [])])
+def test_raises_when_the_models_story_is_broken_before_training(started, arguments, tmp_path, name, value):
+    (started / name).write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=rf"{name} of the model .* is not as it should be.* Mend or remove it"):
+        finetune(arguments(method="align", model=str(started)))
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_an_adapter_merged_by_peft_alone_is_not_taken_for_its_model(started, arguments, tmp_path):
+    (started / "README.md").unlink()
+    aligned = finetune(arguments(method="align", model=str(started), output_dir=str(tmp_path / "aligned")))
+    tuned = finetune(arguments(model=str(aligned), output_dir=str(tmp_path / "tuned")))
+    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(aligned), str(tuned))
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    text = (tmp_path / "merged" / "README.md").read_text()
+    assert [run["method"] for run in history(tmp_path / "merged")] == ["align"]
+    assert "The weights are not those that the last of these trainings wrote" in text

@@ -96,7 +96,7 @@ def test_every_field_has_help():
         ("per_device_train_batch_size=0", "per_device_train_batch_size is 0; expected 1 or more"),
         ("lr_scheduler_kwargs={a: 1}", "lr_scheduler_kwargs {'a': 1} do not fit lr_scheduler_type cosine: .*'a'"),
         ("lr_scheduler_type=warmup_stable_decay", "lr_scheduler_kwargs None do not fit .*num_decay_steps"),
-        ("push_to_hub=true", "push_to_hub is on, but HF_HUB_OFFLINE keeps"),
+        ("push_to_hub=true", "Leave it out, and push the result: vlmoe push o --repo-id user/name"),
         ("remove_unused_columns=true", "the collator reads the columns"),
         ("merge", "not of the form key=value"),
         ("model=null", "does not say model"),

@@ -1,20 +1,23 @@
 """Code that processes of their own run on what has been pushed."""
 
-# Loads by id and compares with the logits of the folder that was pushed. No import of the package: it may be absent.
+# Loads by id, at each of the given revisions, and compares with the logits of the folder that was pushed. No import of
+# the package: it may be absent.
 LOAD = """
 import json, sys, torch
+from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 torch.set_num_threads(1)
-name, expected, kwargs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True, **kwargs)
-processor = AutoProcessor.from_pretrained(name, trust_remote_code=True, **kwargs)
-assert type(processor).__name__ == "VLMoEProcessor", type(processor)
-config_class = sys.modules[type(model).__module__].VLMoEConfig
-assert type(model.config) is config_class, (type(model.config), config_class)
+name, expected, revisions = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 found = torch.load(expected)
-with torch.no_grad():
-    torch.testing.assert_close(model.eval()(**found["inputs"]).logits, found["logits"], rtol=0, atol=0)
-from PIL import Image
+for revision in revisions:
+    kwargs = {"trust_remote_code": True, "revision": revision}
+    model = AutoModelForImageTextToText.from_pretrained(name, **kwargs)
+    processor = AutoProcessor.from_pretrained(name, **kwargs)
+    assert type(processor).__name__ == "VLMoEProcessor", type(processor)
+    config_class = sys.modules[type(model).__module__].VLMoEConfig
+    assert type(model.config) is config_class, (type(model.config), config_class)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**found["inputs"]).logits, found["logits"], rtol=0, atol=0)
 content = [{"type": "image", "image": Image.new("RGB", (20, 20))}, {"type": "text", "text": "what?"}]
 asked = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
 inputs = processor.apply_chat_template([{"role": "user", "content": content}], **asked)
@@ -25,9 +28,22 @@ print(type(model).__module__)
 LOAD_AND_SAVE = (
     LOAD
     + """
-model.save_pretrained("again"); processor.save_pretrained("again")
+model.save_pretrained("again", max_shard_size="100KB"); processor.save_pretrained("again")
 """
 )
+LOAD_PROCESSOR = """
+processor = AutoProcessor.from_pretrained("alice/processor", trust_remote_code=True)
+assert type(processor).__name__ == "VLMoEProcessor"
+"""
+# What the environment's token opens is closed to each of the others.
+REFUSED = """
+for number, token in enumerate(sys.argv[4:]):
+    try:
+        AutoModelForImageTextToText.from_pretrained(name, token=token or False, cache_dir=f"cache-{number}", **kwargs)
+    except OSError:
+        continue
+    raise SystemExit(f"not refused: {token}")
+"""
 PUSH_FROM_PYTHON = """
 import sys, modeling_vlmoe
 from huggingface_hub import ModelCard

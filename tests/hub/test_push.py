@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.hub.pulled import LOAD, LOAD_AND_SAVE, PUSH_ADAPTER_FROM_PYTHON, PUSH_FROM_PYTHON
+from tests.hub.pulled import LOAD, LOAD_AND_SAVE, LOAD_PROCESSOR, PUSH_ADAPTER_FROM_PYTHON, PUSH_FROM_PYTHON, REFUSED
 from tests.hub_server import TOKENS, metadata_errors
 from tests.models import batch
 
@@ -32,9 +32,9 @@ def expected(converted, tmp_path_factory):
 def pull(hub, run_python):
     """Loads a repository in a process that cannot import the package, with empty caches."""
 
-    def load(name, expected, token=None, code=LOAD, home="puller", **kwargs):
-        given = {"without_package": True, "home": home, "arguments": [name, expected, json.dumps(kwargs)]}
-        return run_python(code, hub.env(token), **given)
+    def load(name, expected, *more, token=None, code=LOAD, home="puller", revisions=("main",)):
+        words = [name, expected, json.dumps(revisions), *more]
+        return run_python(code, hub.env(token), without_package=True, home=home, arguments=words)
 
     return load
 
@@ -58,97 +58,64 @@ def test_a_pushed_model_is_pulled_by_a_stranger(hub, vlmoe, pull, made, expected
     assert pull("alice/tiny", expected).startswith("transformers_modules")
 
 
-def test_a_dry_run_sends_nothing(hub, vlmoe, made):
-    said = vlmoe("push", made, "--repo-id", "alice/tiny", "--dry-run", env=hub.env())
+def test_a_dry_run_sends_nothing(hub, push_here, made):
+    said = push_here(made, dry_run=True)
     assert "would go to alice/tiny" in said
     assert "model.safetensors" in said
     assert hub.requests == []
 
 
-def test_a_branch_is_made_and_pulled_by_name_and_by_commit(hub, vlmoe, pull, made, expected):
-    vlmoe("push", made, "--repo-id", "alice/tiny", "--revision", "next", env=hub.env())
+def test_a_branch_is_made_and_pulled_by_name_and_by_commit(hub, push_here, pull, made, expected):
+    push_here(made, revision="next")
     assert not hub.files("alice/tiny")
-    pull("alice/tiny", expected, revision="next")
-    commit = hub.repos["alice/tiny"].branches["next"]
+    branches = hub.repos["alice/tiny"].branches
+    branches["kept"] = commit = branches["next"]
     hub.repos["alice/tiny"].commit("next", {}, "emptied")
-    pull("alice/tiny", expected, revision=commit, home="another")
+    pull("alice/tiny", expected, revisions=[commit, "kept"])
 
 
-def test_a_private_repository_wants_the_right_token(hub, vlmoe, run_python, made, expected):
-    vlmoe("push", made, "--repo-id", "alice/secret", "--private", "--token", TOKENS["alice"], env=hub.env(None))
+def test_a_private_repository_wants_the_right_token(hub, push_here, pull, made, expected):
+    push_here(made, "alice/secret", private=True)
     assert hub.repos["alice/secret"].is_private
-    load = {"without_package": True, "arguments": ["alice/secret", expected, "{}"]}
-    run_python(LOAD, hub.env(), home="right", **load)
-    for home, token in {"missing": None, "wrong": TOKENS["bob"], "unknown": "hf_x"}.items():
-        said = run_python(LOAD, hub.env(token), home=home, fails=True, **load)
-        assert "OSError" in said, said
+    pull("alice/secret", expected, "", TOKENS["bob"], "hf_x", token=TOKENS["alice"], code=LOAD + REFUSED)
 
 
-def test_errors_of_the_hub_are_one_line_and_exit_2(hub, vlmoe, made):
-    push = ("push", made, "--repo-id", "alice/tiny")
-    missing = vlmoe(*push, env=hub.env(None), fails=True)
+def test_errors_of_the_hub_are_one_line(hub, vlmoe, push_here, made, monkeypatch):
+    missing = vlmoe("push", made, "--repo-id", "alice/tiny", env=hub.env(None), fails=True)
     assert missing.startswith("vlmoe: The Hub refuses the push to alice/tiny (401: ")
     assert "Log in by `hf auth login`, set HF_TOKEN, or give --token." in missing
-    assert "(403: " in vlmoe(*push, env=hub.env(TOKENS["bob"]), fails=True)
-    offline = vlmoe(*push, env=hub.env() | {"HF_HUB_OFFLINE": "1"}, fails=True)
-    assert offline.strip() == "vlmoe: HF_HUB_OFFLINE keeps this process from the Hub; unset it to push."
-    nowhere = vlmoe(*push, env=hub.env() | {"HF_ENDPOINT": "http://127.0.0.1:9"}, fails=True)
-    assert nowhere.startswith("vlmoe: The Hub at http://127.0.0.1:9 cannot be reached: ")
-    assert len(nowhere.strip().splitlines()) == 1
+    with pytest.raises(ValueError, match=r"\(403: "):
+        push_here(made, token=TOKENS["bob"])
     hub.is_broken = True
-    broken = vlmoe(*push, env=hub.env(), fails=True)
-    assert broken.strip() == "vlmoe: The push to alice/tiny failed (503: Service unavailable). Try again later."
+    broken = r"^The push to alice/tiny failed \(503: Service unavailable\). Try again later.$"
+    with pytest.raises(ConnectionError, match=broken):
+        push_here(made)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match=r"^The Hub at http://127.0.0.1:9 cannot be reached: .*$"):
+        push_here(made)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"^HF_HUB_OFFLINE keeps this process from the Hub; unset it to push.$"):
+        push_here(made)
 
 
-def test_a_public_repository_is_not_taken_for_a_private_one(hub, vlmoe, made):
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, push_here, made):
     hub.write("alice/tiny", {"a.txt": b"a"})
-    said = vlmoe("push", made, "--repo-id", "alice/tiny", "--private", env=hub.env(), fails=True)
-    assert "alice/tiny is there already and public" in said
+    with pytest.raises(ValueError, match="alice/tiny is there already and public"):
+        push_here(made, private=True)
     assert set(hub.files("alice/tiny")) == {"a.txt"}
 
 
-def test_a_second_push_keeps_code_and_what_others_added(hub, vlmoe, pull, made, expected, run_python):
-    vlmoe("push", made, "--repo-id", "alice/tiny", env=hub.env())
-    hub.write("alice/tiny", {"notes.txt": b"theirs", "README.md": b"---\nlicense: mit\n---\n# Mine\n"})
-    run_python(
-        "import sys, modeling_vlmoe\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n"
-        "for kind in (AutoModelForImageTextToText, AutoProcessor):\n"
-        "    kind.from_pretrained('alice/tiny').save_pretrained(sys.argv[1], max_shard_size='100KB')",
-        hub.env(),
-        arguments=[made.parent / "again"],
-    )
-    code = {name for name in hub.files("alice/tiny") if name.endswith(".py")}
-    said = vlmoe("push", made.parent / "again", "--repo-id", "alice/tiny", env=hub.env())
-    files = hub.files("alice/tiny")
-    assert files["notes.txt"] == b"theirs"
-    assert b"# Mine" in files["README.md"]
-    assert code == {name for name in files if name.endswith(".py")}
-    assert "model.safetensors" not in files  # the host would load it before the shards
-    assert "model.safetensors.index.json" in files
-    assert "went to" in said
-    pull("alice/tiny", expected)
-
-
-def test_an_edited_card_there_stays_and_it_is_said(hub, vlmoe, made):
-    theirs = b"---\nlicense: mit\n---\n# Mine\n"
-    hub.write("alice/tiny", {"README.md": theirs})
-    said = vlmoe("push", made, "--repo-id", "alice/tiny", env=hub.env())
-    assert hub.files("alice/tiny")["README.md"] == theirs
-    assert "README.md: that of the repository has been edited, and stays" in said
-    ours = (made / "README.md").read_text().replace("# made", "# My own words")
-    (made / "README.md").write_text(ours)
-    vlmoe("push", made, "--repo-id", "alice/tiny", env=hub.env())
-    assert hub.files("alice/tiny")["README.md"].decode() == ours
-
-
-def test_a_stranger_saves_and_pushes_it_again(hub, vlmoe, pull, made, expected, run_python, tmp_path):
-    vlmoe("push", made, "--repo-id", "alice/tiny", env=hub.env())
+def test_a_stranger_saves_and_pushes_it_again(hub, push_here, pull, made, expected, tmp_path):
+    push_here(made)
     pull("alice/tiny", expected, code=LOAD_AND_SAVE)
     again = tmp_path / "elsewhere" / "again"
     for name in ("upcycle_receipt.json", "README.md"):
         assert (again / name).read_bytes() == hub.files("alice/tiny")[name]
-    vlmoe("push", again, "--repo-id", "alice/second", env=hub.env())
-    pull("alice/second", expected, home="third")
+    push_here(again)
+    files = hub.files("alice/tiny")
+    assert "model.safetensors" not in files  # the host would load it before the shards
+    assert "model.safetensors.index.json" in files
+    pull("alice/tiny", expected, home="third")
 
 
 def test_push_to_hub_of_model_processor_and_card(hub, run_python, pull, converted, expected):
@@ -157,25 +124,22 @@ def test_push_to_hub_of_model_processor_and_card(hub, run_python, pull, converte
     assert sum(name.endswith(".safetensors") for name in files) > 1
     assert set(files) >= TREE - {"model.safetensors"}
     assert files["README.md"] == (converted / "README.md").read_bytes()
-    pull("alice/python", expected)
+    pull("alice/python", expected, code=LOAD + LOAD_PROCESSOR)
     first = next(one for one in hub.repos["alice/python"].commits.values() if "README.md" in one)
     assert b"upcycle_receipt.json" in first["README.md"]  # the model's own card, not the host's blanks
     assert b"- mine" in first["README.md"]
     assert set(hub.files("alice/saved")) >= {"upcycle_receipt.json", "README.md", "config.json", "modeling_vlmoe.py"}
     assert set(hub.files("alice/processor")) >= {"processor_config.json", "processing_vlmoe.py", "tokenizer.json"}
-    load = "from transformers import AutoProcessor\np = AutoProcessor.from_pretrained('alice/processor', "
-    load += "trust_remote_code=True)\nassert type(p).__name__ == 'VLMoEProcessor'"
-    run_python(load, hub.env(None), without_package=True, home="processor")
 
 
-def test_an_adapter_pushed_by_peft_is_pulled_by_a_stranger(hub, vlmoe, run_python, pull, made, expected, tmp_path):
-    vlmoe("push", made, "--repo-id", "alice/tiny", env=hub.env())
+def test_an_adapter_pushed_by_peft_is_pulled_by_a_stranger(hub, push_here, run_python, pull, made, expected, tmp_path):
+    push_here(made)
     run_python(PUSH_ADAPTER_FROM_PYTHON, hub.env(), arguments=[expected, tmp_path / "tuned.pt"])
     pull("alice/peft", tmp_path / "tuned.pt")
 
 
-def test_tuning_from_the_hub_and_pushing_the_adapter(hub, vlmoe, run_python, pull, made, expected, rows, tmp_path):
-    vlmoe("push", made, "--repo-id", "alice/tiny", env=hub.env())
+def test_tuning_from_the_hub_and_pushing_the_adapter(hub, vlmoe, push_here, pull, made, expected, rows, tmp_path):
+    push_here(made)
     given = ["model=alice/tiny", f"data={rows}", f"output_dir={tmp_path / 'tuned'}", "max_steps=2", "use_cpu=true"]
     vlmoe(
         "finetune",
@@ -190,7 +154,7 @@ def test_tuning_from_the_hub_and_pushing_the_adapter(hub, vlmoe, run_python, pul
     tuned = tmp_path / "tuned"
     card = ModelCard.load(tuned / "README.md")
     assert (card.data.base_model, card.data.base_model_relation) == (["alice/tiny"], "adapter")
-    vlmoe("push", tuned, "--repo-id", "alice/adapter", env=hub.env())
+    push_here(tuned, "alice/adapter")
     files = hub.files("alice/adapter")
     assert {"adapter_config.json", "adapter_model.safetensors", "upcycle_receipt.json", "README.md"} <= set(files)
     assert not any(name.startswith(("merged", "checkpoint")) for name in files)
@@ -199,15 +163,10 @@ def test_tuning_from_the_hub_and_pushing_the_adapter(hub, vlmoe, run_python, pul
     model = AutoModelForImageTextToText.from_pretrained(tuned / "merged")
     with torch.no_grad():
         assert (model(**found["inputs"]).logits - found["logits"]).abs().max() > 1e-4
-    run_python(
-        "import sys, torch, modeling_vlmoe\nfrom transformers import AutoModelForImageTextToText\n"
-        "found = torch.load(sys.argv[1])\nmodel = AutoModelForImageTextToText.from_pretrained('alice/adapter')\n"
-        "found['logits'] = model(**found['inputs']).logits.detach()\ntorch.save(found, sys.argv[2])",
-        hub.env(),
-        arguments=[expected, tmp_path / "tuned.pt"],
-    )
+    found["logits"] = AutoModelForImageTextToText.from_pretrained("alice/adapter")(**found["inputs"]).logits.detach()
+    torch.save(found, tmp_path / "tuned.pt")
     pull("alice/adapter", tmp_path / "tuned.pt")
     merged = ModelCard.load(tuned / "merged" / "README.md")
     assert (merged.data.base_model, merged.data.base_model_relation) == (["alice/tiny"], "finetune")
-    vlmoe("push", tuned / "merged", "--repo-id", "alice/merged", env=hub.env())
+    push_here(tuned / "merged", "alice/merged")
     assert AutoProcessor.from_pretrained(tuned / "merged").image_token_id == model.config.image_token_id

@@ -8,26 +8,11 @@ from modeling_vlmoe import push_checks
 from modeling_vlmoe.push import push
 from modeling_vlmoe.push_arguments import PushArguments
 from modeling_vlmoe.push_checks import check_folder
-
-
-def edit(path, **changes):
-    """Changes keys of a JSON file; None removes one."""
-    values = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+from tests.hub.folders import edit
 
 
 def dry(folder, **given):
     return push(PushArguments(folder=str(folder), **({"repo_id": "alice/tiny", "dry_run": True} | given)))
-
-
-@pytest.fixture
-def adapter(made):
-    """The model's folder, turned into an adapter's (its weights stand in for the adapter's)."""
-    (made / "config.json").unlink()
-    (made / "model.safetensors").rename(made / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "base_model_name_or_path": "alice/tiny", "revision": "abc"}
-    (made / "adapter_config.json").write_text(json.dumps(config))
-    return made
 
 
 @pytest.mark.parametrize(
@@ -113,37 +98,6 @@ def test_raises_when_a_shard_is_too_large(made, monkeypatch):
         check_folder(made)
 
 
-@pytest.mark.parametrize("base", ["/home/me/up", "~/up", "", None])
-def test_raises_when_an_adapters_model_is_on_this_machine_only(adapter, base):
-    edit(adapter / "adapter_config.json", base_model_name_or_path=base)
-    with pytest.raises(
-        ValueError, match=r"which others do not have\. Push that model first .* --base-model user/name"
-    ):
-        dry(adapter)
-
-
-def test_base_model_is_written_into_the_adapter(adapter):
-    path = adapter / "adapter_config.json"
-    edit(path, base_model_name_or_path="/home/me/up")
-    before = path.read_text()
-    assert "would go to" in dry(adapter, base_model="alice/tiny")
-    assert path.read_text() == before
-    check_folder(adapter, "alice/tiny")
-    config = json.loads(path.read_text())
-    assert (config["base_model_name_or_path"], config["revision"]) == ("alice/tiny", None)
-    with pytest.raises(ValueError, match="--base-model /home/me is no repository's id"):
-        check_folder(adapter, "/home/me")
-
-
-def test_raises_when_an_adapter_has_no_weights(adapter):
-    (adapter / "adapter_model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="is corrupt or truncated"):
-        check_folder(adapter)
-    (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors is not there"):
-        check_folder(adapter)
-
-
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
@@ -151,6 +105,11 @@ def test_raises_when_an_adapter_has_no_weights(adapter):
         ("- mit", "is no YAML mapping"),
         ("base_model: /home/me/up", "is a path of this machine"),
         ("base_model: [c/up, a/b/c]", "base_model a/b/c is no repository's id"),
+        (
+            "tags: [x, 'base_model:adapter:/home/me/up']",
+            "tag base_model:adapter:/home/me/up has a path of this machine",
+        ),
+        ("tags: ['base_model:adapter:../up']", "tag base_model:adapter:../up has a path .* write the Hub id"),
     ],
 )
 def test_raises_when_an_edited_cards_metadata_are_wrong(made, metadata, message):
@@ -162,3 +121,16 @@ def test_raises_when_an_edited_cards_metadata_are_wrong(made, metadata, message)
 def test_a_folder_without_a_card_gets_one(made):
     (made / "README.md").unlink()
     assert "README.md" in dry(made)
+
+
+def test_only_files_of_known_names_go(made):
+    kept = ["LICENSE", "NOTICE.txt", "tokenizer.model", "vocab.txt", "additional_chat_templates/tools.jinja"]
+    private = ["LICENSE_KEY.txt", "NOTICE-private", "tokenizer_hf_token.json", "vocab.env", "secret.model"]
+    private += ["chat_template.bak", "additional_chat_templates/old/tools.jinja", "notes/LICENSE", "model.env.py"]
+    for name in (*kept, *private):
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_text("x")
+    found = check_folder(made)
+    assert set(kept) <= set(found.files)
+    assert not set(private) & set(found.files)
+    assert {"LICENSE_KEY.txt", "secret.model", "vocab.env"} <= set(found.left_out)

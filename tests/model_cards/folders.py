@@ -2,6 +2,8 @@
 
 import json
 
+from modeling_vlmoe.weight_fingerprint import count_parameters, fingerprint
+
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "layers": [0, 1, 2]}
 SETTINGS = {
     "text_moe": MOE,
@@ -41,6 +43,12 @@ def receipt(**parents):
         "proof": {"largest_gap": 1.4e-6, "largest_gap_limit": 1e-5},
         "versions": {"vlmoe": "0.1.0", "torch": "2.13.0"},
     }
+
+
+def receipt_of(folder, **parents):
+    """A receipt of the weights in a folder."""
+    counts = {"total": count_parameters(folder), "active": 78901}
+    return receipt(**parents) | {"parameters": counts, "weights": fingerprint(folder)}
 
 
 def share(num_correct, count, **groups):

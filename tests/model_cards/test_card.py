@@ -7,21 +7,26 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from transformers import AutoModelForImageTextToText
 
+from modeling_vlmoe import VLMoEForSequenceClassification
 from modeling_vlmoe.finetune.evaluation_file import write_evaluation
 from modeling_vlmoe.model_cards import CardNotes, is_rendered, keep_edited_card, render_card, write_card, write_notes
+from modeling_vlmoe.weight_fingerprint import count_parameters, fingerprint
+from tests import models
 from tests.hub_server import metadata_errors
-from tests.model_cards.folders import licence, parent, put, receipt, share
+from tests.model_cards.folders import licence, parent, put, receipt_of, share
 
 PARENTS = {"text": parent("a/llm", licence("llama3")), "vision": parent("b/vit", licence("apache-2.0"))}
 
 
 def test_a_card_tells_of_the_receipt(folder):
-    put(folder, "upcycle_receipt.json", receipt(**PARENTS))
+    put(folder, "upcycle_receipt.json", receipt_of(folder, **PARENTS))
     text = render_card(folder)
     for said in (
-        "Parameters: 123,456 in total, 78,901 active per token",
+        f"Parameters: {count_parameters(folder):,} in total, 78,901 active per token",
         f"| LLM | [a/llm](https://huggingface.co/a/llm) | llama | `{'0' * 40}` | llama3 |",
         "The parents' licences differ, and both hold: a/llm: llama3; b/vit: apache-2.0",
         "- experts: LLM 4 experts in layers 0 to 2, top-2",
@@ -32,6 +37,7 @@ def test_a_card_tells_of_the_receipt(folder):
         "vlmoe 0.1.0, torch 2.13.0",
         "Its connector is drawn at random",
         "To be tuned",
+        "None after the upcycling.",
         "Not measured: there is no `evaluation.json`",
     ):
         assert said in text, said
@@ -47,6 +53,7 @@ def test_what_is_not_known_is_said_to_be(folder):
     assert parts["Parents"].startswith("Not known")
     assert parts["Licence"].startswith("Unknown")
     assert parts["How it was made"].startswith("Not known")
+    assert parts["Training"].startswith("Not known")
     assert parts["Evaluation"].startswith("Not measured")
     assert parts["Bias"].startswith("Not measured")
     assert parts["Limits"].startswith("Not known")
@@ -192,3 +199,147 @@ def test_the_example_is_a_rendered_one():
     assert is_rendered(text)
     assert metadata_errors(text) == []
     assert re.findall(r"^## .*", text, flags=re.M) == re.findall(r"^## .*", TEMPLATE.read_text(), flags=re.M)
+
+
+def test_a_classifiers_quick_start_runs_too(tmp_path, run_without_package):
+    proc = models.processor()
+    model = models.sparse_model(image_token_id=proc.image_token_id)
+    classifier = VLMoEForSequenceClassification(model.config)
+    classifier.save_pretrained(tmp_path / "model")
+    proc.save_pretrained(tmp_path / "model")
+    text = render_card(tmp_path / "model", repo_id=str(tmp_path / "model"))
+    assert "A classifier of images and text with sparse Mixture-of-Experts layers" in text
+    assert "pipeline_tag" not in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    assert "generate" not in code
+    code = code.replace("import modeling_vlmoe  # registers the architecture\n", "", 1)
+    said = run_without_package(code.replace(".from_pretrained(name", ".from_pretrained(name, trust_remote_code=True"))
+    assert said.startswith("LABEL_")
+
+
+BROKEN = [
+    ("upcycle_receipt.json", "[]", "all of it is [], expected a mapping"),
+    ("upcycle_receipt.json", '{"parents": []}', "parents is [], expected a mapping"),
+    ("upcycle_receipt.json", '{"settings": {}}', "settings.expert_init is null, expected str"),
+    ("training_history.json", '{"a": 1}', "expected a list"),
+    ("training_history.json", "[3]", "0 is 3, expected a mapping"),
+    ("training_history.json", '[{"data": "x"}]', '0.data is "x", expected a mapping'),
+    ("training_history.json", "[", "valid JSON"),
+    ("evaluation.json", "{}", "n is null, expected int"),
+    ("evaluation.json", '{"n": 1, "accuracy": 1, "interval": [0], "metric": "m"}', "expected a list of 2"),
+    ("eval_results.json", '{"eval_loss": "low"}', "expected a number"),
+    ("trainer_state.json", "[]", "expected a mapping"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "message"), BROKEN)
+def test_raises_when_a_side_file_is_broken(folder, name, text, message):
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} is not .*{re.escape(message)}.*Mend or remove it"):
+        render_card(folder)
+
+
+def changed(folder, into, change):
+    """The model, changed and saved elsewhere, with its processor."""
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    change(model)
+    model.save_pretrained(into)
+    return (into / "README.md").read_text()
+
+
+def scale(model):
+    with torch.no_grad():
+        for parameter in model.model.connector.parameters():
+            parameter.mul_(1.01)
+
+
+@pytest.mark.parametrize(
+    "change", [scale, lambda model: model.resize_token_embeddings(400)], ids=["trained", "resized"]
+)
+def test_a_rendered_card_is_not_carried_to_other_weights(folder, tmp_path, change):
+    put(folder, "upcycle_receipt.json", receipt_of(folder, **PARENTS))
+    write_evaluation(folder, share(16, 20))
+    write_card(folder)
+    assert "0.800 [0.700 0.900]" in (folder / "README.md").read_text()
+    text = changed(folder, tmp_path / "changed", change)
+    assert is_rendered(text)
+    assert "The weights are not those that the upcycling wrote: they were changed afterwards" in text
+    assert f"Parameters: {count_parameters(tmp_path / 'changed'):,} in total" in text
+    for untrue in ("None after", "drawn at random", "To be tuned", "0.800"):
+        assert untrue not in text, untrue
+    assert changed(folder, tmp_path / "same", lambda model: None) == (folder / "README.md").read_text()
+    (folder / "README.md").write_text("# Mine")
+    assert changed(folder, tmp_path / "edited", change) == "# Mine"
+
+
+def test_a_card_rendered_for_other_weights_is_left_out_without_the_package(folder, tmp_path, run_without_package):
+    put(folder, "upcycle_receipt.json", receipt_of(folder, **PARENTS))
+    write_card(folder)
+    run_without_package(
+        "import torch\nfrom transformers import AutoModelForImageTextToText\n"
+        f"model = AutoModelForImageTextToText.from_pretrained({str(folder)!r}, trust_remote_code=True)\n"
+        f"model.save_pretrained({str(tmp_path / 'same')!r})\n"
+        "with torch.no_grad():\n    [one.mul_(1.01) for one in model.parameters()]\n"
+        f"model.save_pretrained({str(tmp_path / 'changed')!r})\n"
+    )
+    assert (tmp_path / "same" / "README.md").read_bytes() == (folder / "README.md").read_bytes()
+    assert (tmp_path / "changed" / "upcycle_receipt.json").exists()
+    assert not (tmp_path / "changed" / "README.md").exists()
+
+
+def test_a_folder_saved_into_again_does_not_keep_its_rendered_card(folder):
+    put(folder, "upcycle_receipt.json", receipt_of(folder, **PARENTS))
+    write_card(folder)
+    assert "they were changed afterwards" in changed(folder, folder, scale)
+
+
+def test_an_unfit_side_file_does_not_keep_a_model_from_being_saved(folder, tmp_path, caplog):
+    put(folder, "training_history.json", {})
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "saved")
+    assert "No model card was written: " in caplog.text
+    assert not (tmp_path / "saved" / "README.md").exists()
+
+
+def test_an_evaluation_of_other_weights_is_not_shown(folder):
+    write_evaluation(folder, share(16, 20))
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert "0.800" in render_card(folder)
+    scale(model)
+    model.save_pretrained(folder)
+    text = render_card(folder)
+    assert "Not measured: `evaluation.json` does not say that it is about these weights." in text
+    assert "0.800" not in text
+
+
+def test_a_history_that_does_not_explain_the_weights_is_told_with_that(folder):
+    run = {"method": "align", "model": {"name": "up"}, "data": {"name": "rows.jsonl"}, "steps": 3}
+    put(folder, "training_history.json", [run | {"weights": fingerprint(folder)}])
+    assert "changed" not in render_card(folder)
+    put(folder, "training_history.json", [run | {"weights": "0" * 64}])
+    text = render_card(folder)
+    assert "1. `align` of up" in text
+    assert "The weights are not those that the last of these trainings wrote" in text
+
+
+STATED = {"name": "c/up", "hub_id": "c/up", "license": licence("mit")}
+
+
+def test_a_licence_is_the_parents_only_where_it_is(folder):
+    put(folder, "upcycle_receipt.json", receipt_of(folder, **PARENTS))
+    put(folder, "training_history.json", [{"method": "align", "model": STATED}])
+    said = (
+        "mit, as the card of c/up states. The card of c/up states mit, but what it was made of is under "
+        "llama3-and-apache-2.0. Find out which holds"
+    )
+    assert said in render_card(folder)
+    put(folder, "upcycle_receipt.json", receipt_of(folder, text=parent("a/llm", licence("mit"))))
+    assert "mit, as its parents." in render_card(folder)
+    put(folder, "upcycle_receipt.json", receipt_of(folder, text=parent("a/llm")))
+    assert "The card of c/up states mit, but what it was made of is under licences that are not all known." in (
+        render_card(folder)
+    )
+    vlm = parent("d/dense", licence("mit"), parents=PARENTS)
+    (folder / "training_history.json").unlink()
+    put(folder, "upcycle_receipt.json", receipt_of(folder, vlm=vlm))
+    assert "mit, as its parents' cards state. The card of d/dense states mit" in render_card(folder)
