@@ -14,12 +14,14 @@ from typing import Annotated, Any
 
 import typer
 
+from modeling_vlmoe.chat_command import run_chat
 from modeling_vlmoe.conversion.arguments import UpcycleArguments
 from modeling_vlmoe.finetune.command import run_finetune, settings_help
 from modeling_vlmoe.finetune.demo.command import run_demo_command
 from modeling_vlmoe.logs import hide_bars, set_verbosity
 from modeling_vlmoe.push_arguments import PushArguments
 from modeling_vlmoe.recipe_files import read_recipe
+from modeling_vlmoe.serve_command import run_serve
 
 FAILED, USER_ERROR = 1, 2
 # What a user can mend: a path that is wrong or closed, a network that is not there.
@@ -161,6 +163,8 @@ def run_push(args: PushArguments) -> None:
 
 app.command("finetune", epilog=settings_help())(run_finetune)
 app.command("demo")(run_demo_command)
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run_serve)
+app.command("chat")(run_chat)
 
 
 def stop(signum: int, frame: Any) -> None:

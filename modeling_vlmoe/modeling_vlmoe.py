@@ -19,6 +19,7 @@ from .blank_image import encode_nothing, needs_blank_image
 from .companions import read_companions, replace_host_card, write_companions
 from .configuration_vlmoe import PARTS, VLMoEConfig
 from .connector import VLMoEConnector
+from .expert_precision import warn_of_full_experts
 from .from_parents import adopt_parents, load_parents
 from .model_outputs import (
     VLMoECausalLMOutputWithPast,
@@ -33,6 +34,7 @@ from .towers import (
     has_class_token,
     init_sparse_weights,
     make_sparse,
+    skip_pooling,
     tower_layers,
 )
 
@@ -74,6 +76,9 @@ class VLMoEPreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
             model.companions = read_companions(pretrained_model_name_or_path, **kwargs)
+        if hasattr(model, "hf_device_map"):
+            skip_pooling(model.base_model.vision_tower)
+        warn_of_full_experts(model)
         return loaded
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:

@@ -119,6 +119,16 @@ def has_class_token(tower: nn.Module) -> bool:
     return any(name in names for name in CLASS_TOKENS)
 
 
+def skip_pooling(tower: Any) -> None:
+    """Keeps an offloaded ViT from running its pooling head, which the connector does not read; its weights stay.
+
+    SigLIP's is an `nn.MultiheadAttention`, into which accelerate's offloading hooks do not reach (1.15: "Tensor on
+    device meta is not on the expected device").
+    """
+    if hasattr(tower, "use_head"):
+        tower.use_head = False
+
+
 def apply_head_maths(config: PreTrainedConfig, logits: Tensor) -> Tensor:
     """What the dense LM of this text configuration does to `lm_head(hidden_states)`; most do nothing."""
     for name, maths in HEAD_MATHS.items():

@@ -71,7 +71,7 @@ def test_importing_takes_little_beside_what_it_imports():
         "hosts = time.perf_counter()\n"
         "import modeling_vlmoe\n"
         "print(hosts - start, time.perf_counter() - hosts)"
-    ).split()
+    ).split()[:2]  # bitsandbytes, which the host imports where it is installed, may have a word to say on stderr
     assert float(ours) < 0.2 * float(hosts), (ours, hosts)
 
 

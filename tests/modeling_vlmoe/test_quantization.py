@@ -1,0 +1,259 @@
+"""Weights in 8 and 4 bits: what is packed really is, the rest is not, and the packed model computes with the packed
+weights.
+"""
+
+import copy
+import logging
+import sys
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+from modeling_vlmoe.quantization import (
+    BITS,
+    INT8_MAX,
+    NF4_BLOCK,
+    VLMoEQuantizationConfig,
+    expert_bytes,
+    quantize_experts,
+    skipped_modules,
+)
+from modeling_vlmoe.sparse_moe import Experts
+from tests.models import batch, gap, sparse_model
+
+LINEARS = {4: Linear4bit, 8: Linear8bitLt}
+CODES = {4: torch.uint8, 8: torch.int8}
+NF4_LARGEST_STEP = 1 - 0.6961928009986877  # between the two outermost of NF4's values, for blocks scaled to 1
+KERNELS = ("eager", "batched_mm", "grouped_mm")
+# Quantised weights, scales included, beside float32: 1 byte and a scale per row; half a byte and a scale per block.
+MOST_OF_FULL = {8: 0.29, 4: 0.17}
+
+
+@pytest.fixture(scope="module")
+def full():
+    return sparse_model()
+
+
+@pytest.fixture(scope="module")
+def saved(full, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    full.save_pretrained(folder)
+    return folder
+
+
+def load(folder, bits, parts=("text",), **kwargs):
+    config = VLMoEQuantizationConfig(bits, parts)
+    return AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config, **kwargs)
+
+
+def experts_of(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+
+
+def weights(experts):
+    """The stacks as they are computed with, and their biases."""
+    names = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
+    return {name: getattr(experts, name).detach() for name in names if hasattr(experts, name)}
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("way", ["loaded", "in memory"])
+def test_the_llms_experts_are_packed_and_routers_vit_and_head_are_not(full, saved, bits, way):
+    model = load(saved, bits) if way == "loaded" else quantize_experts(copy.deepcopy(full), bits)
+    packed = {name: p.dtype for name, p in model.named_parameters() if "parametrizations" in name}
+    assert len(packed) == 2 * full.config.text_config.num_hidden_layers
+    assert all(name.startswith("model.language_model.") for name in packed)
+    assert set(packed.values()) == {CODES[bits]}
+    for name, parameter in model.named_parameters():
+        is_kept = name.startswith(("model.vision_tower.", "model.connector.", "lm_head."))
+        if is_kept or ".router." in name or "norm" in name:
+            assert parameter.dtype == torch.float32, name
+            assert torch.equal(parameter, full.get_parameter(name)), name
+    linears = {
+        type(child) for name, child in model.model.language_model.named_modules() if isinstance(child, nn.Linear)
+    }
+    assert linears == {LINEARS[bits] if way == "loaded" else nn.Linear}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_packed_experts_take_the_bytes_they_should(full, bits):
+    before = {name: size for name, size in expert_bytes(full).items() if "language_model" in name}
+    after = expert_bytes(quantize_experts(copy.deepcopy(full), bits))
+    assert len(before) == 3
+    for name, size in before.items():
+        stacks = weights(full.get_submodule(name))
+        assert size == 4 * sum(stack.numel() for stack in stacks.values())
+        assert after[name] < MOST_OF_FULL[bits] * size
+    assert {name: size for name, size in after.items() if name not in before} == {
+        name: size for name, size in expert_bytes(full).items() if name not in before
+    }
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("way", ["loaded", "in memory"])
+def test_weights_are_off_by_half_a_step_at_most(full, saved, bits, way):
+    parts = ("text", "vision", "connector")
+    model = load(saved, bits, parts) if way == "loaded" else quantize_experts(copy.deepcopy(full), bits, parts)
+    for name, experts in experts_of(full).items():
+        found = weights(model.get_submodule(name))
+        for stack, wanted in weights(experts).items():
+            if stack.endswith("_bias"):
+                assert torch.equal(found[stack], wanted)
+                continue
+            if bits == 8:
+                half_step = wanted.abs().amax(-1, keepdim=True) / INT8_MAX / 2
+            else:
+                blocks = wanted.reshape(-1, NF4_BLOCK)
+                half_step = (blocks.abs().amax(-1, keepdim=True) * NF4_LARGEST_STEP / 2).expand_as(blocks)
+                half_step = half_step.reshape(wanted.shape)
+            error = (found[stack] - wanted).abs()
+            assert (error <= half_step * 1.001).all(), (name, stack)
+            assert error.max() > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("bits", BITS)
+def test_the_packed_model_is_the_full_one_with_rounded_weights(full, bits, kernel):
+    """The oracle: a full-precision model that is given the packed model's weights."""
+    parts = ("text", "vision", "connector")
+    packed = quantize_experts(copy.deepcopy(full), bits, parts)
+    rounded = copy.deepcopy(full)
+    for name, experts in experts_of(rounded).items():
+        for stack, value in weights(packed.get_submodule(name)).items():
+            getattr(experts, stack).copy_(value)
+    for model in (packed, rounded):
+        model.set_experts_implementation(kernel)
+    inputs = batch((1, 2))
+    real = inputs["attention_mask"].bool()
+    assert gap(packed(**inputs).logits[real], rounded(**inputs).logits[real]) <= 1e-6
+    assert gap(packed(**inputs).logits[real], full(**inputs).logits[real]) > 1e-3
+
+
+@torch.no_grad()
+def test_a_kernel_unpacks_a_weight_once_per_pass(full, monkeypatch):
+    from modeling_vlmoe.quantization import Int8Rows
+
+    packed = quantize_experts(copy.deepcopy(full), 8)
+    packed.set_experts_implementation("eager")
+    ran = []
+    unpack = Int8Rows.forward
+    monkeypatch.setattr(Int8Rows, "forward", lambda self, codes: ran.append(self) or unpack(self, codes))
+    packed(**batch((0,)))
+    assert len(ran) == len(set(ran)) == 6
+    from torch.nn.utils import parametrize
+
+    assert (parametrize._cache_enabled, parametrize._cache) == (0, {})
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_loading_packs_each_stack_as_it_is_read(saved, bits, monkeypatch):
+    """No more than one stack is unpacked at a time: each is packed before the next one is put into the model."""
+    from modeling_vlmoe import quantization
+
+    pack, most = quantization.pack, []
+
+    def watched(experts, name, bits):
+        pack(experts, name, bits)
+        full = [stack for stack, p in experts.named_parameters() if p.ndim == 3 and p.is_floating_point()]
+        most.append([stack for stack in full if not experts.get_parameter(stack).is_meta])
+
+    monkeypatch.setattr(quantization, "pack", watched)
+    load(saved, bits)
+    assert most == [[]] * 6
+
+
+def test_lora_on_packed_experts_learns_and_its_adapter_is_saved(saved, tmp_path):
+    for bits in BITS:
+        model = load(saved, bits)
+        config = LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+        tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
+        inputs = batch((1, 1))
+        tuned.train()
+        optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.5)
+        losses = []
+        for _ in range(3):
+            loss = tuned(**inputs, labels=inputs["input_ids"]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0], bits
+        tuned.save_pretrained(tmp_path / str(bits))
+        assert (tmp_path / str(bits) / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("way", ["loaded", "in memory"])
+def test_raises_when_a_packed_model_is_saved(full, saved, way, tmp_path):
+    model = load(saved, 8) if way == "loaded" else quantize_experts(copy.deepcopy(full), 8)
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_that_leaves_experts_out_is_warned_of(saved, caplog):
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped_modules())
+    with caplog.at_level(logging.WARNING):
+        model = AutoModelForImageTextToText.from_pretrained(saved, quantization_config=config)
+    assert "reached the Linears only" in caplog.text
+    caplog.clear()
+    quantize_experts(model, 4)
+    for bits in BITS:
+        load(saved, bits)
+    assert "reached the Linears only" not in caplog.text
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained("never")
+
+
+@torch.no_grad()
+def test_torchaos_linears_go_with_our_experts(saved):
+    """torchao is no dependency, nor one of the tests: its import prints and slows every process that has it."""
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    config = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=skipped_modules())
+    model = AutoModelForImageTextToText.from_pretrained(saved, quantization_config=config)
+    quantize_experts(model, 8)
+    layer = model.model.language_model.layers[0]
+    assert type(layer.self_attn.q_proj.weight).__name__ == "Int8Tensor"
+    assert layer.mlp.experts.parametrizations.down_proj.original.dtype == torch.int8
+    assert type(model.model.vision_tower.encoder.layers[0].self_attn.q_proj.weight) is nn.Parameter
+    rounded = AutoModelForImageTextToText.from_pretrained(saved, quantization_config=config)
+    for name, experts in experts_of(rounded).items():
+        for stack, value in weights(model.get_submodule(name)).items():
+            getattr(experts, stack).copy_(value)
+    inputs = batch((1,))
+    assert gap(model(**inputs).logits, rounded(**inputs).logits) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 3}, "bits is 3; expected one of 4, 8"),
+        ({"parts": ["text", "router"]}, r"parts has \['router'\]"),
+        ({"parts": "text"}, "parts has 'text'; expected a list"),
+    ],
+)
+def test_raises_when_bits_or_parts_are_unknown(full, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_experts(full, **arguments)
+    with pytest.raises(ValueError, match=message):
+        VLMoEQuantizationConfig(**arguments)
+
+
+def test_raises_when_there_is_nothing_to_pack(full, monkeypatch):
+    with pytest.raises(ValueError, match="no experts in text"):
+        quantize_experts(sparse_model(text_moe=None))
+    packed = quantize_experts(copy.deepcopy(full), 8)
+    with pytest.raises(ValueError, match="packed already"):
+        quantize_experts(packed, 4)
+    with pytest.raises(ValueError, match="are offloaded"):
+        quantize_experts(copy.deepcopy(full).to("meta"), 8)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(ValueError, match="pip install 'vlmoe"):
+        quantize_experts(copy.deepcopy(full), 4)
