@@ -1,4 +1,5 @@
-"""Turning dense parents into a sparse checkpoint: `upcycle(UpcycleArguments(...))`, behind `vlmoe upcycle`.
+"""Turning dense parents into a sparse checkpoint: `upcycle(UpcycleArguments(...))`, behind `vlmoe upcycle`; and to and
+from transformers' own sparse models: `export(ExportArguments(...))`, `import_native(ImportArguments(...))`.
 
 Names are looked up on first use, so that a command's help need not import torch.
 """
@@ -7,12 +8,20 @@ import sys
 from importlib import import_module
 from types import ModuleType
 
-_HOMES = {"UpcycleArguments": "arguments", "ProofError": "verify", "upcycle": "upcycle"}
+_HOMES = {
+    "ExportArguments": "native_arguments",
+    "ImportArguments": "native_arguments",
+    "UpcycleArguments": "arguments",
+    "ProofError": "gaps",
+    "export": "export",
+    "import_native": "native_import",
+    "upcycle": "upcycle",
+}
 __all__ = list(_HOMES)
 
 
 class _Package(ModuleType):
-    """Keeps `upcycle` the function: importing the file `upcycle.py` would else put the module under that name."""
+    """Keeps `upcycle` and `export` functions: importing the files would else put the modules under these names."""
 
     def __setattr__(self, name, value):
         if not (name in _HOMES and isinstance(value, ModuleType)):

@@ -10,6 +10,8 @@ def option(help: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+NATIVE = "native"
+FORMATS = ("vlmoe", NATIVE)
 MOST_LAYERS = 10_000  # a layer beyond it is a slip of the keyboard, and a range up to it would fill the memory
 
 
@@ -48,12 +50,17 @@ class UpcycleArguments:
     text_revision: str | None = option("Branch, tag or commit of the LLM on the Hub.")
     vision_revision: str | None = option("Branch, tag or commit of the ViT on the Hub.")
     vlm_revision: str | None = option("Branch, tag or commit of the dense vlmoe model on the Hub.")
+    format: str = option(
+        "`vlmoe`; or `native`: transformers' own classes, LLaVA around a sparse LM (as `vlmoe export`).", "vlmoe"
+    )
     force: bool = option("Replace an output folder that is not empty (only once the new one is complete).", False)
     dry_run: bool = option("Print what would be written, with parameters and bytes; write nothing.", False)
 
     def __post_init__(self) -> None:
         if self.output_dir is not None:
             self.output_dir = str(self.output_dir)
+        if self.format not in FORMATS:
+            raise ValueError(f"--format is {self.format!r}; expected {' or '.join(FORMATS)}.")
         for name in ("text_layers", "vision_layers"):
             parse_layers(getattr(self, name), name)
 

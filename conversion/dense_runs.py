@@ -20,6 +20,7 @@ from .gaps import nudge
 from .mapped_maths import mapped_maths
 from .mapping import PART_PREFIX
 from .meta_models import build_on_meta, fill_mapped
+from .native_tensors import NativeTensors, fill_native
 from .planning import UpcyclePlan
 from .probes import hooked
 
@@ -52,6 +53,8 @@ def parent_of(plan: UpcyclePlan, part: str) -> str:
 def reference_model(plan: UpcyclePlan, role: str, dtype: torch.dtype | None) -> PreTrainedModel:
     """A dense parent in its own class, mapped from its files."""
     tensors = plan.dense[role]
+    if isinstance(tensors, NativeTensors):
+        return fill_native(tensors, dtype)
     return fill_mapped(dense_model(tensors.parent), tensors.tensor, dtype)
 
 
@@ -114,11 +117,16 @@ def dense_images(plan: UpcyclePlan, pixels: Tensor, dtype: torch.dtype | None) -
     role = parent_of(plan, "vision")
     reference = reference_model(plan, role, dtype)
     tower = reference if role == "vision" else reference.model.vision_tower
-    connector: Any = dense_connector(plan, dtype)
+    is_llava = role == "vlm" and isinstance(plan.dense[role], NativeTensors)
+    connector: Any = nn.ModuleDict({"mlp": reference.model.multi_modal_projector}) if is_llava else None
+    connector = connector or dense_connector(plan, dtype)
     layers = feature_layers(plan.config)
 
     def results(generator: torch.Generator | None) -> dict[str, Tensor]:
         given = pixels if generator is None else nudge(pixels, generator)
-        return image_results(tower, connector, given, plan.config, layers)
+        found = image_results(tower, connector, given, plan.config, layers)
+        if is_llava:  # by its own code and configuration
+            found["image features"] = torch.stack(list(reference.model.get_image_features(given).pooler_output))
+        return found
 
     return DenseRun({"vision": tower, "connector": connector}, dtype, results)

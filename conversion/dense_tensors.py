@@ -96,7 +96,16 @@ class KeyRenamer:
         self._prefix = model.base_model_prefix
         transforms = get_model_conversion_mapping(model)
         self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-        self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        self.converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+
+    def match(self, key: str) -> tuple[str | None, str | None]:
+        """The model's name for a checkpoint's key, None when the model has no such tensor; and the pattern of the
+        converter by which the host would compute the tensor, None when it only renames it.
+        """
+        renamed, pattern = rename_source_key(key, self._renamings, self.converters, self._prefix, self._state)
+        if renamed not in self._state and key in self._state:
+            renamed, pattern = rename_source_key(key, [], [], self._prefix, self._state)
+        return (renamed, pattern) if renamed in self._state else (None, None)
 
     def __call__(self, key: str) -> str | None:
         """The model's name for a checkpoint's key; None when the model has no such tensor.
@@ -104,11 +113,7 @@ class KeyRenamer:
         Raises:
             ValueError: when the host would compute the tensor, and not only rename it.
         """
-        renamed, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._state)
-        if renamed not in self._state and key in self._state:
-            renamed, pattern = rename_source_key(key, [], [], self._prefix, self._state)
-        if renamed not in self._state:
-            return None
+        renamed, pattern = self.match(key)
         if pattern is not None:
             raise ValueError(
                 f"{key} is stored in an old format that transformers converts while it loads. Load the model and save "
@@ -185,8 +190,8 @@ def check_tied(found: DenseTensors, tied: dict[str, str], rename: KeyRenamer) ->
 
 def check_complete(found: DenseTensors, shapes: dict[str, tuple[int, ...]]) -> None:
     """Every tensor of the model is there, with its shape."""
-    kind = type(found.model).__name__
-    if missing := [name for name in shapes if name not in found.stored]:
+    kind, present = type(found.model).__name__, set(found.names)
+    if missing := [name for name in shapes if name not in present]:
         raise ValueError(
             f"{found.parent.given} lacks tensors of {kind}: {', '.join(missing[:5])} ({len(missing)} in all). "
             "Check that weights and config.json belong together, and that the download is whole."
@@ -194,11 +199,11 @@ def check_complete(found: DenseTensors, shapes: dict[str, tuple[int, ...]]) -> N
     for name, shape in shapes.items():
         if found.shape(name) != shape:
             raise ValueError(
-                f"{found.parent.given}: {found.stored[name]} has the shape {found.shape(name)}, but config.json makes "
-                f"it {shape}. Check that the two belong together."
+                f"{found.parent.given}: {found.stored.get(name, name)} has the shape {found.shape(name)}, but "
+                f"config.json makes it {shape}. Check that the two belong together."
             )
         if not found.dtype(name).is_floating_point and found.model.state_dict()[name].is_floating_point():
             raise ValueError(
-                f"{found.parent.given}: {found.stored[name]} is stored as {found.dtype(name)}: quantised? Give the "
-                "full-precision parent."
+                f"{found.parent.given}: {found.stored.get(name, name)} is stored as {found.dtype(name)}: quantised? "
+                "Give the full-precision parent."
             )

@@ -20,6 +20,10 @@ LIMIT = 1e-5
 FLOOR_FACTOR = 3
 
 
+# What a gap that is too large means, where nothing else is said.
+DENSE_CLAIM = "The sparse model is not its dense parents"
+
+
 class ProofError(ValueError):
     """What was written does not compute what its parents compute."""
 
@@ -60,10 +64,12 @@ class Findings:
     Attributes:
         judged: What decides whether there is a checkpoint.
         informative: What only helps people: where a difference begins, what a cast costs.
+        claim: What a gap that is too large means, for the message.
     """
 
     judged: dict[str, Gap] = field(default_factory=dict)
     informative: dict[str, float] = field(default_factory=dict)
+    claim: str = field(default=DENSE_CLAIM, repr=False, compare=False)
 
     @property
     def largest(self) -> Gap:
@@ -88,7 +94,7 @@ class Findings:
             found = Gap(found.gap, max(LIMIT, FLOOR_FACTOR * floor), floor)
         if not (isfinite(found.gap) and found.gap <= found.limit):
             raise ProofError(
-                f"The sparse model is not its dense parents: {what}{where} differs by {found.gap:.2g} standard "
-                f"deviations, {found.limit:.2g} are allowed. No checkpoint is written."
+                f"{self.claim}: {what}{where} differs by {found.gap:.2g} standard deviations, {found.limit:.2g} are "
+                "allowed. No checkpoint is written."
             )
         self.judged[what] = found

@@ -60,7 +60,7 @@ class mapped_maths(TorchFunctionMode):
 
         # Threads of our own: torch's wait for one another after every block, which takes long on busy cores.
         list(self.threads.map(multiply, range(0, weight.shape[0], step)))
-        output = output[:num_rows].reshape(*input.shape[:-1], -1)
+        output = output[:num_rows].reshape(*input.shape[:-1], weight.shape[0])
         return output if bias is None else output + bias
 
     def embedding(self, input: Tensor, weight: Tensor, *args, **kwargs) -> Tensor:

@@ -30,6 +30,7 @@ from .streaming import TensorSpec, cast_blocks, row_blocks
 
 PART_PREFIX = {"text": "model.language_model.", "vision": "model.vision_tower.", "connector": "model.connector."}
 EXPERTS, ROUTER = ".experts.", ".router."
+STACKED = ("experts", "stack", "expert")  # operations that make experts, of which a token uses some
 
 
 class TensorSource(Protocol):
@@ -62,6 +63,25 @@ class DenseTensor:
 
 
 @dataclass(frozen=True)
+class StackRows(DenseTensor):
+    """Some rows of one expert in a stack (E, rows, ...), or of every expert where `expert` is None."""
+
+    expert: int | None
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        num_experts, _, *rest = super().shape
+        rows = self.stop - self.start
+        return (num_experts, rows, *rest) if self.expert is None else (rows, *rest)
+
+    def read(self) -> Tensor:
+        stack = super().read()[:, self.start : self.stop]
+        return stack if self.expert is None else stack[self.expert]
+
+
+@dataclass(frozen=True)
 class Assignment:
     """How one tensor of the sparse model is filled.
 
@@ -89,7 +109,7 @@ class Assignment:
     def num_active_parameters(self) -> int:
         return (
             self.num_parameters * self.num_active // self.num_experts
-            if self.operation == "experts"
+            if self.operation in STACKED
             else self.num_parameters
         )
 
@@ -118,6 +138,12 @@ def expert_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
             yield from cast_blocks(made, assignment.spec.dtype)
 
 
+def stack_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
+    """Tensors one after the other: those of a stack's experts, in their order."""
+    for dense in assignment.dense:
+        yield from cast_blocks(dense.read(), assignment.spec.dtype)
+
+
 def router_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
     """A router, drawn by its name."""
     init: RouterInit = ROUTER_INITS[drawing.router_init]
@@ -137,11 +163,28 @@ def grown_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
     yield mean.expand(assignment.spec.shape[0] - dense.shape[0], *mean.shape)
 
 
+def mean_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
+    """The mean over the experts of a stack, (E, rows, ...)."""
+    stack, total = assignment.dense[0].read(), torch.zeros(assignment.spec.shape)
+    for expert in stack:
+        total += expert
+    yield (total / len(stack)).to(assignment.spec.dtype)
+
+
+def zero_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
+    """Zeros."""
+    yield torch.zeros(assignment.spec.shape, dtype=assignment.spec.dtype)
+
+
 OPERATIONS: dict[str, Callable[[Assignment, Drawing], Iterator[Tensor]]] = {
     "copy": copy_blocks,
+    "expert": copy_blocks,
     "experts": expert_blocks,
+    "stack": stack_blocks,
     "router": router_blocks,
     "grow": grown_blocks,
+    "mean": mean_blocks,
+    "zeros": zero_blocks,
 }
 
 

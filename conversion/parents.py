@@ -51,12 +51,19 @@ class Parent:
         return getattr(self.config, "vision_config", None) or self.config if self.role == "vision" else self.config
 
 
-def find_folder(given: str, role: str, revision: str | None = None) -> Path:
+def find_folder(given: str, role: str, revision: str | None = None, flag: str | None = None) -> Path:
     """The folder of a parent: itself, or a snapshot in the Hub's cache (downloaded where there is a network).
+
+    Args:
+        given: What the user called it.
+        role: The parent's role.
+        revision: Branch, tag or commit on the Hub.
+        flag: What messages call it; None: the option of its role.
 
     Raises:
         ValueError: when it is neither.
     """
+    flag = flag or f"--{role}-model"
     path = Path(given).expanduser()
     if path.is_dir():
         if revision is not None:
@@ -66,7 +73,7 @@ def find_folder(given: str, role: str, revision: str | None = None) -> Path:
             )
         return path
     if path.exists():
-        raise ValueError(f"--{role}-model {given} is a file; expected a folder or a Hub id.")
+        raise ValueError(f"{flag} {given} is a file; expected a folder or a Hub id.")
     try:
         return Path(
             snapshot_download(
@@ -74,12 +81,10 @@ def find_folder(given: str, role: str, revision: str | None = None) -> Path:
             )
         )
     except HFValidationError as error:
-        raise ValueError(
-            f"--{role}-model {given}: there is no such folder, and it is no Hub id. Check the path."
-        ) from error
+        raise ValueError(f"{flag} {given}: there is no such folder, and it is no Hub id. Check the path.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ValueError(
-            f"--{role}-model {given} is neither a folder nor in the local Hub cache, and it cannot be fetched from "
+            f"{flag} {given} is neither a folder nor in the local Hub cache, and it cannot be fetched from "
             f"the Hub (offline, private, or no such id): {str(error).splitlines()[0]} Check the name, "
             "or download it where there is a network."
         ) from error
@@ -111,6 +116,12 @@ def forget_code(config: PreTrainedConfig) -> None:
         getattr(one, "__dict__", {}).pop("auto_map", None)
 
 
+def commit_of(folder: Path) -> str | None:
+    """The commit of a snapshot in the Hub's cache; None for another folder."""
+    name = folder.resolve().name
+    return name if folder.resolve().parent.name == "snapshots" and COMMIT.fullmatch(name) else None
+
+
 def open_parent(given: str, role: str, revision: str | None = None) -> Parent:
     """Opens one parent, and refuses what cannot be one of its role.
 
@@ -120,9 +131,7 @@ def open_parent(given: str, role: str, revision: str | None = None) -> Parent:
     folder = find_folder(given, role, revision)
     config = read_config(folder)
     CHECKS[role](given, config)
-    name = folder.resolve().name
-    commit = name if folder.resolve().parent.name == "snapshots" and COMMIT.fullmatch(name) else None
-    return Parent(role, given, folder, commit, config, CheckpointReader(folder))
+    return Parent(role, given, folder, commit_of(folder), config, CheckpointReader(folder))
 
 
 def check_text(given: str, config: PreTrainedConfig) -> None:
@@ -135,7 +144,7 @@ def check_text(given: str, config: PreTrainedConfig) -> None:
         raise ValueError(
             f"--text-model {given} is already sparse: its {config.model_type} configuration has "
             f"{', '.join(declared)}. "
-            "Only dense LLMs are upcycled: give one."
+            "Only dense LLMs are upcycled: give one, or keep its own experts: `vlmoe import --text-model ...`."
         )
     if config.get_text_config() is not config or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"--text-model {given} is a {config.model_type} model, which is not a causal LLM. Give one.")
@@ -156,7 +165,8 @@ def check_vlm(given: str, config: PreTrainedConfig) -> None:
     if config.model_type != VLMoEConfig.model_type:
         raise ValueError(
             f"--vlm-model {given} is a {config.model_type} model; expected a dense vlmoe one. "
-            "Separate parents are given as --text-model and --vision-model."
+            "Separate parents are given as --text-model and --vision-model; a LLaVA around a sparse LLM is taken by "
+            "`vlmoe import`."
         )
     for part in PARTS:
         if (moe := config.moe(part)) is not None:

@@ -16,6 +16,7 @@ from .arguments import UpcycleArguments, parse_layers
 from .connector_init import DrawnConnector
 from .dense_tensors import DenseTensors, find_dense_tensors
 from .expert_init import EXPERT_INITS
+from .gaps import DENSE_CLAIM
 from .mapping import PART_PREFIX, DenseTensor, Drawing, Mapping, SparseMLP, map_tensors, sparse_mlps
 from .meta_models import build_on_meta, target_shapes
 from .parents import BROKEN, Parent, open_parents
@@ -54,7 +55,10 @@ class UpcyclePlan:
         mapping: What fills every target.
         drawing: Inits and seed.
         dtype: What is written.
+        claim: What a failed proof says.
     """
+
+    claim = DENSE_CLAIM
 
     args: UpcycleArguments
     parents: dict[str, Parent]

@@ -79,11 +79,14 @@ class Probe:
     def _first_rows(given: Tensor) -> Tensor:
         return given.reshape(-1, given.shape[-1])[:KEPT_ROWS].clone()
 
+    def _random_rows(self) -> Tensor:
+        return probe_rows(self.path, self.sparse.router, self.seed)
+
     def _append(self, module: nn.Module, args: tuple) -> tuple:
         assert self.given is not None, f"{self.path} did not run in its dense parent"
         given = args[0]
         self.findings.informative[f"{self.path}, {GIVEN}"] = measure_gap(self.given, self._first_rows(given))
-        self.rows = torch.cat([self.given, probe_rows(self.path, self.sparse.router, self.seed)])
+        self.rows = torch.cat([self.given, self._random_rows()])
         return torch.cat([given, self.rows.expand(*given.shape[:-2], *self.rows.shape)], dim=-2), *args[1:]
 
     def _compare(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import logging
 import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from modeling_vlmoe.companions import HISTORY_NAME
 from modeling_vlmoe.model_cards import write_card
 from modeling_vlmoe.weight_fingerprint import fingerprint
 
-from .arguments import UpcycleArguments
+from .arguments import NATIVE, UpcycleArguments
+from .mapping import Mapping
 from .meta_models import build_on_meta
 from .output_folder import check_output_folder, check_parents_survive, check_space, whole_or_nothing
 from .planning import UpcyclePlan, plan_upcycle
@@ -51,10 +53,21 @@ def upcycle(args: UpcycleArguments) -> Path:
         raise ValueError("dry_run is set, but upcycle() writes; preview() says what would be written.")
     if args.output_dir is None:
         raise ValueError("Give --output-dir, the folder of the model.")
-    output, plan = Path(args.output_dir).expanduser(), prepare(args)
+    plan, output = prepare(args), Path(args.output_dir).expanduser()
+    if args.format == NATIVE:
+        return write_native(plan, output, args.force)
+    return write_proved(plan, output, args.force)
+
+
+def write_proved(plan: UpcyclePlan, output: Path, force: bool) -> Path:
+    """Writes what a plan says, proves it, and moves it into place.
+
+    Raises:
+        ValueError, ProofError, OSError: as `upcycle`.
+    """
     check_space(output, plan.mapping.num_bytes)
     logger.info("Writing %s into %s.", format_bytes(plan.mapping.num_bytes), output)
-    with whole_or_nothing(output, args.force) as folder:
+    with whole_or_nothing(output, force) as folder:
         try:
             file_hashes = write_checkpoint(folder, plan.mapping.specs, plan.mapping.blocks(plan.drawing))
             write_companions(plan, folder)
@@ -71,6 +84,36 @@ def upcycle(args: UpcycleArguments) -> Path:
         write_receipt(folder, build_receipt(plan, gaps, dict(sorted(file_hashes.items())), fingerprint(folder)))
         write_card(folder, name=output.resolve().name)  # of the receipt, so its hash is not in it
     return output
+
+
+def check_native(plan: UpcyclePlan) -> None:
+    """Refuses early what could not be exported.
+
+    Raises:
+        ValueError: as `export`.
+    """
+    from .export_plan import check_head, native_text_config
+
+    build_on_meta(lambda: VLMoEForConditionalGeneration(plan.config))  # resolves what is left open
+    native_text_config(plan.config)
+    check_head(plan.config)
+
+
+def write_native(plan: UpcyclePlan, output: Path, force: bool) -> Path:
+    """Writes a plan as a native checkpoint: upcycled and proved beside the output, then exported and proved again.
+
+    Raises:
+        ValueError, ProofError, OSError: as `upcycle` and `export`.
+    """
+    from .export import open_checkpoint, write_export
+    from .native_arguments import ExportArguments
+
+    check_native(plan)
+    beside = output.resolve().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.upcycled-", dir=beside) as temporary:
+        model = write_proved(plan, Path(temporary) / "model", force=False)
+        return write_export(open_checkpoint(output.name, model), ExportArguments(force=force), output)
 
 
 def prepare(args: UpcycleArguments) -> UpcyclePlan:
@@ -92,7 +135,10 @@ def preview(args: UpcycleArguments) -> str:
     Raises:
         ValueError: as `upcycle` would.
     """
-    return summarise(prepare(args))
+    plan = prepare(args)
+    if args.format == NATIVE:
+        check_native(plan)
+    return summarise(plan.mapping, draws_connector="vlm" not in plan.parents)
 
 
 def write_companions(plan: UpcyclePlan, folder: Path) -> None:
@@ -117,10 +163,10 @@ def format_bytes(count: int) -> str:
     return f"{count:.2f} GB"
 
 
-def summarise(plan: UpcyclePlan) -> str:
+def summarise(mapping: Mapping, draws_connector: bool = False) -> str:
     """What would be written, for people: like tensors of all layers in one line."""
     groups: dict[tuple[str, str], list] = {}
-    for assignment in plan.mapping.assignments:
+    for assignment in mapping.assignments:
         name = ".".join("*" if piece.isdigit() else piece for piece in assignment.spec.name.split("."))
         groups.setdefault((name, assignment.operation), []).append(assignment)
     lines = []
@@ -130,11 +176,10 @@ def summarise(plan: UpcyclePlan) -> str:
         times = f"{len(members)} x " if len(members) > 1 else ""
         dtype = str(first.spec.dtype).removeprefix("torch.")
         lines.append(f"{operation:8}{times}{name} {list(first.spec.shape)} {dtype}{sources}")
-    if "vlm" not in plan.parents:
+    if draws_connector:
         lines.append("the dense connector that these are made of is drawn: the parents have none")
-    for role, reasons in plan.mapping.dropped.items():
+    for role, reasons in mapping.dropped.items():
         lines += [f"dropped {count} x {role}: {reason}" for reason, count in Counter(reasons.values()).items()]
-    mapping = plan.mapping
     lines.append(
         f"{mapping.num_parameters:,} parameters, {mapping.num_active_parameters:,} active per token, "
         f"{format_bytes(mapping.num_bytes)}"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .block_probes import BlockProbe
 from .casts import find_casts
 from .dense_runs import DenseRun, dense_images, dense_text, feature_layers, image_results, parent_of
 from .gaps import LIMIT, Findings, ProofError, measure_gap
@@ -55,10 +56,10 @@ class Proof:
         self.plan, self.folder = plan, folder
         reader = CheckpointReader(folder)
         repeated = set() if reads_all else plan.mapping.repeated(plan.drawing)
-        check_weights(plan, reader, repeated)
+        check_weights(plan.mapping, plan.drawing, reader, repeated)
         self.sparse: Any = open_model(plan, folder, reader, repeated)
         self.pages = expert_pages(plan, reader, self.sparse)
-        self.findings = Findings()
+        self.findings = Findings(claim=plan.claim)
         self.rounded = {cast.parent for cast in find_casts(plan) if not cast.is_exact}
 
     def _generator(self, name: str) -> torch.Generator:
@@ -73,7 +74,8 @@ class Proof:
                     dense = root.get_submodule(path.removeprefix(PART_PREFIX[part]))
                     sparse: Any = self.sparse.get_submodule(path)
                     seed = self.plan.drawing.seed
-                    probes.append(Probe(path, dense, sparse, self.plan.dtype, seed, self.findings))
+                    kind = BlockProbe if hasattr(dense, "experts") else Probe  # the parent is sparse itself
+                    probes.append(kind(path, dense, sparse, self.plan.dtype, seed, self.findings))
         return probes
 
     def compare(

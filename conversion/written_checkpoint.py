@@ -19,6 +19,7 @@ from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProc
 from modeling_vlmoe.sparse_moe import Experts
 
 from .gaps import ProofError
+from .mapping import Drawing, Mapping
 from .meta_models import build_on_meta, fill_mapped, target_shapes
 from .page_flow import PageFlow
 from .planning import UpcyclePlan
@@ -83,11 +84,12 @@ def is_repeated(reader: CheckpointReader, name: str, generator: torch.Generator)
     return all(read(expert, row) == wanted[row] for expert in range(1, num_experts) for row in rows)
 
 
-def check_weights(plan: UpcyclePlan, reader: CheckpointReader, repeated: set[str]) -> None:
+def check_weights(mapping: Mapping, drawing: Drawing, reader: CheckpointReader, repeated: set[str]) -> None:
     """Checks the files against the mapping: what there is, and its bytes.
 
     Args:
-        plan: What was to be written.
+        mapping: What was to be written.
+        drawing: What it was drawn with.
         reader: What was written.
         repeated: Stacks that hold one expert again and again, of which some rows are compared and no more; the first
             expert is to be proved by what it computes.
@@ -96,11 +98,11 @@ def check_weights(plan: UpcyclePlan, reader: CheckpointReader, repeated: set[str
         ProofError: naming the tensor.
     """
     found = {name: TensorSpec(name, reader.dtype(name), reader.shape(name)) for name in reader.names}
-    check_listed("The weights that were written", found, {spec.name: spec for spec in plan.mapping.specs})
-    blocks = plan.mapping.blocks(plan.drawing)
-    for assignment in plan.mapping.assignments:
+    check_listed("The weights that were written", found, {spec.name: spec for spec in mapping.specs})
+    blocks = mapping.blocks(drawing)
+    for assignment in mapping.assignments:
         name = assignment.spec.name
-        generator = tensor_generator(plan.drawing.seed, f"rows of {name}")
+        generator = tensor_generator(drawing.seed, f"rows of {name}")
         if not (
             is_repeated(reader, name, generator) if name in repeated else is_written(reader.tensor(name), blocks(name))
         ):

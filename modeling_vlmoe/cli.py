@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from modeling_vlmoe.chat_command import run_chat
-from modeling_vlmoe.conversion.arguments import UpcycleArguments
+from modeling_vlmoe.conversion.arguments import NATIVE, UpcycleArguments
+from modeling_vlmoe.conversion.native_arguments import ExportArguments, ImportArguments
 from modeling_vlmoe.finetune.command import run_finetune, settings_help
 from modeling_vlmoe.finetune.demo.command import run_demo_command
 from modeling_vlmoe.logs import hide_bars, set_verbosity
@@ -123,7 +124,51 @@ def run_upcycle(args: UpcycleArguments) -> None:
         typer.echo(preview(args))
         return
     output = upcycle(args)
-    typer.echo(describe_result(output))
+    typer.echo(describe_export(output) if args.format == NATIVE else describe_result(output))
+
+
+@command("export", ExportArguments)
+def run_export(args: ExportArguments) -> None:
+    """Write a vlmoe model in transformers' own classes: LLaVA around a sparse LM, or the LM alone (--to text).
+
+    The result needs no code of ours, and computes what the model computes: that is proved on the written files, or
+    nothing is written. What cannot be written without loss is refused by name. An adapter is merged first.
+    """
+    from modeling_vlmoe.conversion import export
+
+    if args.dry_run:
+        from modeling_vlmoe.conversion.export import preview_export
+
+        typer.echo(preview_export(args))
+        return
+    typer.echo(describe_export(export(args)))
+
+
+def describe_export(output: Any) -> str:
+    """What was written, in a few lines."""
+    import json
+
+    from modeling_vlmoe.conversion.export import EXPORT_RECEIPT_NAME, describe_receipt
+
+    receipt = json.loads((output / EXPORT_RECEIPT_NAME).read_text(encoding="utf-8"))
+    return f"{output}: {describe_receipt(receipt)}\nreceipt: {EXPORT_RECEIPT_NAME}"
+
+
+@command("import", ImportArguments)
+def run_import(args: ImportArguments) -> None:
+    """Make a vlmoe model of a sparse LLM and a ViT, or of a LLaVA around a sparse LLM (--vlm-model).
+
+    Mixtral, Qwen2-MoE and Qwen3-MoE keep their experts and routers. The model computes what its parents compute: that
+    is proved on the written files, or nothing is written.
+    """
+    from modeling_vlmoe.conversion import import_native
+
+    if args.dry_run:
+        from modeling_vlmoe.conversion.native_import import preview_import
+
+        typer.echo(preview_import(args))
+        return
+    typer.echo(describe_result(import_native(args)))
 
 
 def describe_result(output: Any) -> str:

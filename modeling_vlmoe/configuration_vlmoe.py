@@ -28,6 +28,8 @@ HOSTED_FIELDS = (
     "router_aux_loss_coef",
     "output_router_logits",
     "moe_intermediate_size",
+    "num_shared_experts",
+    "shared_expert_intermediate_size",
 )
 # A configuration class that declares one of these is sparse already.
 SPARSE_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_intermediate_size")
@@ -56,6 +58,9 @@ class MoEConfig:
         moe_intermediate_size: expert width; None takes the dense MLP's.
         norm_topk_prob: whether the chosen experts' weights are renormalised to sum to one ("renorm" of MATHS: copies
             of the dense MLP then compute exactly what it computes, whatever the router).
+        num_shared_experts: experts that every token is sent to beside the routed ones: 0, or 1 as in Qwen2-MoE, whose
+            output is weighted by the sigmoid of a linear gate of its own.
+        shared_expert_intermediate_size: width of the shared expert; None takes the experts'.
         router_type: "softmax", the softmax over a linear layer on the token.
         expert_type: "full", every expert with weights of its own.
         router_aux_loss_coef: weight of the load-balancing loss (Switch Transformers, 2101.03961, eq. 4), per tower.
@@ -68,6 +73,8 @@ class MoEConfig:
     layers: list[int] | None = None
     moe_intermediate_size: int | None = None
     norm_topk_prob: bool = True
+    num_shared_experts: int = 0
+    shared_expert_intermediate_size: int | None = None
     router_type: Literal["softmax"] = "softmax"
     expert_type: Literal["full"] = "full"
     router_aux_loss_coef: float = 0.01
@@ -177,8 +184,19 @@ def _check_counts(part: str, moe: dict[str, Any]) -> None:
             "experts; "
             f"expected 1 to {moe['num_experts']}."
         )
-    if moe["moe_intermediate_size"] is not None and moe["moe_intermediate_size"] < 1:
-        raise ValueError(f"{part}_moe.moe_intermediate_size is {moe['moe_intermediate_size']}; expected 1 or more.")
+    for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
+        if moe[name] is not None and moe[name] < 1:
+            raise ValueError(f"{part}_moe.{name} is {moe[name]}; expected 1 or more.")
+    if moe["num_shared_experts"] not in (0, 1):
+        raise ValueError(
+            f"{part}_moe.num_shared_experts is {moe['num_shared_experts']}; expected 0 or 1. Several shared experts "
+            "are one of their summed width (shared_expert_intermediate_size)."
+        )
+    if moe["shared_expert_intermediate_size"] is not None and not moe["num_shared_experts"]:
+        raise ValueError(
+            f"{part}_moe.shared_expert_intermediate_size is {moe['shared_expert_intermediate_size']}, but there is no "
+            "shared expert; set num_shared_experts to 1, or leave it out."
+        )
     for name in ("router_aux_loss_coef", "router_z_loss_coef"):
         if moe[name] < 0:
             raise ValueError(f"{part}_moe.{name} is {moe[name]}; expected 0 or more.")
@@ -344,7 +362,8 @@ class VLMoEConfig(PreTrainedConfig):
         if declared := sparse_fields(self.text_config):
             raise ValueError(
                 f"text_config is a {self.text_config.model_type} configuration, which is sparse already (it declares "
-                f"{', '.join(declared)}); text_moe adds experts to dense LLMs only."
+                f"{', '.join(declared)}); text_moe adds experts to dense LLMs only. `vlmoe import` makes a vlmoe "
+                "model of a sparse LLM."
             )
         found = {name: value for name in HOSTED_FIELDS if (value := getattr(self.text_config, name, None)) is not None}
         if is_override:

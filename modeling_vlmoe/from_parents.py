@@ -27,7 +27,8 @@ def load_parents(vision_model_name_or_path: str, text_model_name_or_path: str, *
     if declared := sparse_fields(text.config):
         raise ValueError(
             f"{text_model_name_or_path} is a {text.config.model_type}, which is sparse already (it declares "
-            f"{', '.join(declared)}); upcycling starts from a dense LLM. Give one."
+            f"{', '.join(declared)}); upcycling starts from a dense LLM. Give one, or keep its own experts: "
+            "`vlmoe import`."
         )
     # A checkpoint holds one dtype, and would widen the LLM to a float32 ViT's.
     return text, vision.to(text.dtype)

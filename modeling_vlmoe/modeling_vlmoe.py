@@ -146,6 +146,8 @@ class VLMoEModel(VLMoEPreTrainedModel):
             _, layers = tower_layers(self.language_model)
             layer = layers[moe.layers[0]]
             moe.moe_intermediate_size = getattr(layer, layer.sparse_attribute).experts.intermediate_size
+            if moe.num_shared_experts and moe.shared_expert_intermediate_size is None:
+                moe.shared_expert_intermediate_size = moe.moe_intermediate_size
 
     def init_parallel_plans(self) -> None:
         """As the host does, with the vision tower's layers wrapped one by one (the host's default names `layers.*`

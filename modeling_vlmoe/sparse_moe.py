@@ -1,4 +1,5 @@
-"""The sparse Mixture-of-Experts block: a router and a stack of experts in the place of a dense MLP.
+"""The sparse Mixture-of-Experts block: a router and a stack of experts in the place of a dense MLP, and where asked
+for a shared expert, a dense MLP that sees every token.
 
 Invariant: with `norm_topk_prob` the routing weights of a token sum to one, so experts that are copies of the dense MLP
 compute the dense MLP, whatever the router (Sparse Upcycling, 2212.05055; MATHS 1).
@@ -7,6 +8,7 @@ Shapes: T tokens, D model width, O output width (D but for the connector), F exp
     token.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -210,8 +212,28 @@ class PaddedExperts(Experts):
         return kernel(widened, hidden_states, top_k_index, top_k_weights)[:, : self.down_proj.shape[1]]
 
 
+def build_shared_expert(dense_mlp: nn.Module, width: int) -> nn.Module:
+    """A dense MLP of the same kind and of this width, with new weights."""
+    layout = find_layout(dense_mlp, "the dense MLP")
+    shared = copy.deepcopy(dense_mlp)
+    for name in layout.linears:
+        dense: nn.Linear = getattr(dense_mlp, name)
+        is_down = name == layout.down
+        rows = dense.out_features if is_down else width * (2 if name == layout.gate_up else 1)
+        like: dict[str, Any] = {
+            "bias": dense.bias is not None,
+            "dtype": dense.weight.dtype,
+            "device": dense.weight.device,
+        }
+        setattr(shared, name, nn.Linear(width if is_down else dense.in_features, rows, **like))
+    return shared
+
+
 class SparseMoE(nn.Module):
     """`router` + `experts`, in the place of a dense MLP.
+
+    With a shared expert, `shared_expert` is a dense MLP whose output, weighted by the sigmoid of `shared_expert_gate`,
+    is added to the routed one, as in Qwen2-MoE (transformers' `Qwen2MoeSparseMoeBlock`, whose names these are).
 
     Args:
         config: the configuration whose `experts_implementation` chooses the kernel.
@@ -231,6 +253,12 @@ class SparseMoE(nn.Module):
         # The host's decorator sets these two after __init__, per class; here gate and bias differ per instance.
         self.experts.has_gate, self.experts.has_bias = self.experts.is_gated, self.experts.is_biased
         self.router = Router(width, moe).to(self.experts.down_proj.device)
+        self.shared_expert: nn.Module | None = None
+        if moe.num_shared_experts:
+            shared_width = moe.shared_expert_intermediate_size or self.experts.intermediate_size
+            self.shared_expert = build_shared_expert(dense_mlp, shared_width)
+            like: dict[str, Any] = {"dtype": down.weight.dtype, "device": down.weight.device}
+            self.shared_expert_gate = nn.Linear(width, 1, bias=False, **like)
         self.losses = RouterLosses(num_layers)
         self.context: RouterContext | None = None
 
@@ -243,6 +271,8 @@ class SparseMoE(nn.Module):
         is_trained = any(parameter.requires_grad for parameter in self.router.parameters())
         logits_TE, weight_TK, losses = self.losses(logits_TE, weight_TK, expert_TK, context, is_trained)
         out_TO = self.experts(x_TD, expert_TK, weight_TK)
+        if self.shared_expert is not None:
+            out_TO = out_TO + torch.sigmoid(self.shared_expert_gate(x_TD)) * self.shared_expert(x_TD)
         return out_TO.reshape(*hidden_states.shape[:-1], -1), logits_TE, losses
 
     def forward(self, hidden_states: Tensor) -> Tensor:

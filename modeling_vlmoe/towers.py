@@ -282,6 +282,11 @@ def make_sparse(
     for mlp in mlps:
         block = SparseMoE(tower.config, moe, mlp.module, len(mlps))
         if copy:
+            if moe.num_shared_experts:
+                raise ValueError(
+                    "num_shared_experts is 1, but experts are to be copies of the dense MLP, which a shared expert "
+                    "beside them would add to. Leave num_shared_experts out."
+                )
             block.experts.copy_dense(mlp.module, mlp.layout)
             mark_initialized(block.experts)
         setattr(mlp.layer, mlp.attribute, block)

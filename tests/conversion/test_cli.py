@@ -85,6 +85,24 @@ def test_a_dense_model_is_made(parents, tmp_path):
     assert receipt["proof"]["largest_gap"] <= 1e-5
 
 
+def test_a_native_form_there_and_back(parents, tmp_path):
+    text, vision = ["--text-model", parents / "llama"], ["--vision-model", parents / "clip"]
+    done = vlmoe("upcycle", *text, *vision, "--format", "native", "--output-dir", tmp_path / "native")
+    assert done.returncode == 0, done.stderr
+    assert "llava around mixtral" in done.stdout
+    assert "logits in bfloat16, exported" in done.stdout
+    done = vlmoe("import", "--vlm-model", tmp_path / "native", "--output-dir", tmp_path / "ours")
+    assert done.returncode == 0, done.stderr
+    assert "proved equal to its parents" in done.stdout
+    done = vlmoe("export", tmp_path / "ours", "--to", "text", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "x vlmoe: the vision part is not exported" in done.stdout
+    assert "141,280 parameters, 58,336 active per token" in done.stdout  # 2 of 8 experts
+    done = vlmoe("export", tmp_path / "ours", "--to", "text", "--output-dir", tmp_path / "text")
+    assert done.returncode == 0, done.stderr
+    assert "mixtral\n" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

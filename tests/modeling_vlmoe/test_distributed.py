@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import sparse_model
+from tests.models import EXPERTS, sparse_model
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
@@ -21,17 +21,28 @@ def saved(tmp_path_factory):
     folders = {vision: tmp_path_factory.mktemp(vision) for vision in ("siglip", "clip")}
     for vision, folder in folders.items():
         sparse_model("qwen3" if vision == "clip" else "llama", vision).save_pretrained(folder)
+    folders["shared"] = tmp_path_factory.mktemp("shared")
+    sparse_model(text_moe=EXPERTS | {"num_shared_experts": 1}).save_pretrained(folders["shared"])
     return folders
 
 
 @pytest.mark.parametrize(
-    ("mode", "vision"), [("fsdp", "siglip"), ("fsdp_ep", "clip"), ("tp", "siglip"), ("tp_ep", "siglip")]
+    ("mode", "which"),
+    [
+        ("fsdp", "siglip"),
+        ("fsdp_ep", "clip"),
+        ("tp", "siglip"),
+        ("tp_ep", "siglip"),
+        ("fsdp_ep", "shared"),
+        ("tp", "shared"),
+        ("tp_ep", "shared"),
+    ],
 )
-def test_two_processes_equal_one(saved, tmp_path, mode, vision):
+def test_two_processes_equal_one(saved, tmp_path, mode, which):
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(SCRIPT)]
     done = subprocess.run(
-        [*command, mode, str(saved[vision]), str(tmp_path)],
+        [*command, mode, str(saved[which]), str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=300,
