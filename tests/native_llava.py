@@ -1,15 +1,11 @@
-"""A vlmoe model of a sparse Qwen3, and the LLaVA of transformers with the same weights, Qwen3-MoE inside."""
+"""A vlmoe model of a sparse Qwen3, and what `vlmoe export` makes of it: LLaVA with a Qwen3-MoE inside."""
 
+import tempfile
 from pathlib import Path
 
-import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Qwen3MoeConfig
-
 from modeling_vlmoe import VLMoEForConditionalGeneration
-from tests import tiny
+from modeling_vlmoe.conversion import ExportArguments, export
 from tests.models import EXPERTS, processor, sparse_model
-
-RENAMES = {"connector.mlp.": "multi_modal_projector.", "mlp.router.": "mlp.gate."}
 
 
 def vlmoe_model(**fields) -> VLMoEForConditionalGeneration:
@@ -36,39 +32,7 @@ def save_vlmoe(folder: Path, **fields) -> Path:
     return Path(folder)
 
 
-@torch.no_grad()
-def native_model(model: VLMoEForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """The same function, built of transformers' own classes."""
-    text = model.config.text_config
-    moe = {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": text.moe_intermediate_size}
-    config = LlavaConfig(
-        text_config=Qwen3MoeConfig(**(tiny.TEXT_FIELDS | tiny.FAMILY_FIELDS["qwen3"] | moe | EXPERTS)),
-        vision_config=tiny.vision_config("siglip"),
-        image_token_id=model.config.image_token_id,
-        vision_feature_layer=model.config.vision_feature_layer,
-        vision_feature_select_strategy="full",
-        image_seq_length=tiny.NUM_PATCHES,
-    )
-    config.text_config.norm_topk_prob = True
-    native = LlavaForConditionalGeneration(config)
-    weights = model.state_dict()
-    for ours, theirs in RENAMES.items():
-        weights = {name.replace(ours, theirs): tensor for name, tensor in weights.items()}
-    native.load_state_dict(weights)
-    native.generation_config = model.generation_config
-    return native.eval()
-
-
 def save_native(folder: Path) -> Path:
-    """The native checkpoint, with LLaVA's own processor over the same tokenizer, image processor and template."""
-    ours = processor()
-    native_model(vlmoe_model()).save_pretrained(folder)
-    LlavaProcessor(
-        ours.image_processor,
-        ours.tokenizer,
-        patch_size=tiny.PATCH_SIZE,
-        vision_feature_select_strategy="full",
-        chat_template=ours.chat_template,
-        image_token=ours.image_token,
-    ).save_pretrained(folder)
-    return Path(folder)
+    """The same model, exported."""
+    with tempfile.TemporaryDirectory() as source:
+        return export(ExportArguments(checkpoint=str(save_vlmoe(Path(source))), output_dir=str(folder)))

@@ -4,7 +4,9 @@ weights.
 
 import copy
 import logging
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,26 +211,43 @@ def test_a_configuration_that_leaves_experts_out_is_warned_of(saved, caplog):
         model.save_pretrained("never")
 
 
-@torch.no_grad()
-def test_torchaos_linears_go_with_our_experts(saved):
-    """torchao is no dependency, nor one of the tests: its import prints and slows every process that has it."""
-    pytest.importorskip("torchao")
-    from torchao.quantization import Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
+TORCHAO_LINEARS = """
+import sys
+import torch
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForImageTextToText, TorchAoConfig
+from modeling_vlmoe.quantization import quantize_experts, skipped_modules
+from tests.models import batch, gap
+from tests.modeling_vlmoe.test_quantization import experts_of, weights
 
-    config = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=skipped_modules())
-    model = AutoModelForImageTextToText.from_pretrained(saved, quantization_config=config)
-    quantize_experts(model, 8)
-    layer = model.model.language_model.layers[0]
-    assert type(layer.self_attn.q_proj.weight).__name__ == "Int8Tensor"
-    assert layer.mlp.experts.parametrizations.down_proj.original.dtype == torch.int8
-    assert type(model.model.vision_tower.encoder.layers[0].self_attn.q_proj.weight) is nn.Parameter
-    rounded = AutoModelForImageTextToText.from_pretrained(saved, quantization_config=config)
-    for name, experts in experts_of(rounded).items():
-        for stack, value in weights(model.get_submodule(name)).items():
-            getattr(experts, stack).copy_(value)
-    inputs = batch((1,))
-    assert gap(model(**inputs).logits, rounded(**inputs).logits) <= 1e-6
+torch.set_grad_enabled(False)
+config = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=skipped_modules())
+load = lambda: AutoModelForImageTextToText.from_pretrained(sys.argv[1], quantization_config=config)
+model, rounded = quantize_experts(load(), 8), load()
+for name, experts in experts_of(rounded).items():
+    for stack, value in weights(model.get_submodule(name)).items():
+        getattr(experts, stack).copy_(value)
+inputs = batch((1,))
+layer, vision = model.model.language_model.layers[0], model.model.vision_tower.encoder.layers[0]
+print(
+    type(layer.self_attn.q_proj.weight).__name__,
+    layer.mlp.experts.parametrizations.down_proj.original.dtype,
+    type(vision.self_attn.q_proj.weight).__name__,
+    gap(model(**inputs).logits, rounded(**inputs).logits) <= 1e-6,
+)
+"""
+
+
+def test_torchaos_linears_go_with_our_experts(saved, run_python):
+    """torchao stands apart from the environment: every process that finds it imports it, which prints and takes
+    seconds. `make` puts it there.
+    """
+    apart = Path(sys.prefix) / "torchao"
+    if not apart.is_dir():
+        pytest.fail(f"torchao is not in {apart}. Run `make test`, or pip install --no-deps --target {apart} torchao")
+    root = Path(__file__).parents[2]
+    printed = run_python(TORCHAO_LINEARS, {"PYTHONPATH": os.pathsep.join([str(apart), str(root)])}, arguments=[saved])
+    assert printed.splitlines()[-1] == "Int8Tensor torch.int8 Parameter True"
 
 
 @pytest.mark.parametrize(
