@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(subst =,_,$(TORCH))
 DEMO_DIR ?= demo-output
 SEED ?= 0
+# How many tests run at once; a file's tests stay together, since they share what is slow to build.
+JOBS ?= auto
 
 .PHONY: demo test test-slow lint format clean
 
@@ -34,7 +36,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
