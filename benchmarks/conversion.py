@@ -95,10 +95,10 @@ def prepare_upcycle(folder: Path, output: Path, is_proved: bool = True):
     from modeling_vlmoe.conversion import upcycle as run
 
     if not is_proved:
+        from modeling_vlmoe.conversion import proved_writing
         from modeling_vlmoe.conversion.gaps import Findings, Gap
-        from modeling_vlmoe.conversion.upcycle import upcycle as function
 
-        function.__globals__["prove"] = lambda *args, **kwargs: Findings({"none": Gap(0.0)})
+        proved_writing.prove = lambda *args, **kwargs: Findings({"none": Gap(0.0)})
     return lambda: run(
         UpcycleArguments(
             text_model=str(folder / "text"),

@@ -30,6 +30,7 @@ from .parents import Parent, commit_of, find_folder, read_config
 from .probes import GIVEN
 from .receipt import PACKAGES, describe_mapping, describe_proof
 from .streaming import CheckpointReader, read_json, write_checkpoint
+from .summaries import format_bytes, summarise
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,6 @@ def preview_export(args: ExportArguments) -> str:
     Raises:
         ValueError: as `export` would.
     """
-    from .upcycle import summarise
-
     register()
     with opened(args) as source:
         plan = plan_export(args, source)
@@ -193,21 +192,19 @@ def write_receipt(plan: ExportPlan, findings: Findings, hashes: dict[str, str], 
 
 def describe_receipt(receipt: dict[str, Any]) -> str:
     """What was exported, for people."""
-    from .upcycle import format_bytes
-
     proof = receipt["proof"]
     lines = [
         f"{receipt['model_type']} around {receipt['text_model_type']}"
         if receipt["model_type"] != receipt["text_model_type"]
         else receipt["model_type"],
         f"{receipt['parameters']['total']:,} parameters, {format_bytes(receipt['bytes'])}",
-        f"proved equal: largest gap {proof['largest_gap']:.1e} standard deviations (limit "
-        f"{proof['largest_gap_limit']:.1e})",
+        f"{'proved equal' if receipt['is_exact'] else 'the LLM is proved equal'}: largest gap "
+        f"{proof['largest_gap']:.1e} standard deviations (limit {proof['largest_gap_limit']:.1e})",
     ]
     if layers := receipt["dense_layers_as_equal_experts"]:
         lines.append(
             f"dense layers {layers} are written as equal experts: {format_bytes(receipt['extra_bytes'])} more"
         )
     if not receipt["is_exact"]:
-        lines.append("NOT equal: experts of ViT or connector are written as their mean (--mean-experts)")
+        lines.append("NOT equal: the experts of ViT or connector, which are written as their mean (--mean-experts)")
     return "\n".join(lines + [f"{what}: {gap:.2g}" for what, gap in proof["informative"].items() if GIVEN not in what])

@@ -44,7 +44,9 @@ from .planning import (
     measure_image,
     name_in_vlm,
 )
+from .proved_writing import write_proved
 from .streaming import CheckpointReader, TensorSpec
+from .summaries import summarise
 
 ROLES = ("text", "vision", "vlm")
 PROJECTOR = "model.multi_modal_projector."
@@ -74,8 +76,6 @@ def import_native(args: ImportArguments) -> Path:
         ProofError: a ValueError, when the result does not compute what the parents compute.
         OSError: when the disk is full.
     """
-    from .upcycle import write_proved
-
     if args.dry_run:
         raise ValueError("dry_run is set, but import_native() writes; preview_import() says what would be written.")
     if args.output_dir is None:
@@ -103,8 +103,6 @@ def preview_import(args: ImportArguments) -> str:
     Raises:
         ValueError: as `import_native` would.
     """
-    from .upcycle import summarise
-
     plan = prepare_import(args)
     return summarise(plan.mapping, draws_connector="vlm" not in plan.parents)
 

@@ -13,7 +13,7 @@ Read in transformers 5.23: `models/{llama,mistral,qwen2,qwen3,mixtral,qwen2_moe,
 """
 
 import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -81,18 +81,7 @@ QWEN2_MOE = SparseFamily(
     has_shared_expert=True,
     no_effect={"use_sliding_window": False},
 )
-QWEN3_MOE = SparseFamily(
-    model_type="qwen3_moe",
-    num_experts="num_experts",
-    expert_width="moe_intermediate_size",
-    router="gate.weight",
-    expert=QWEN_EXPERT,
-    block="mlp",
-    has_dense_layers=True,
-    has_norm_topk=True,
-    has_shared_expert=False,
-    no_effect={"use_sliding_window": False},
-)
+QWEN3_MOE = replace(QWEN2_MOE, model_type="qwen3_moe", has_shared_expert=False)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import (
 from modeling_vlmoe import VLMoEConfig
 from modeling_vlmoe.conversion import ExportArguments, ImportArguments, ProofError, export, import_native, upcycle
 from modeling_vlmoe.conversion.native_import import plan_import, preview_import
-from modeling_vlmoe.conversion.upcycle import write_proved
+from modeling_vlmoe.conversion.proved_writing import write_proved
 from modeling_vlmoe.towers import sparse_blocks
 from tests import tiny
 from tests.conversion.sparse_checkpoints import (

@@ -12,7 +12,8 @@ from transformers import AutoProcessor
 from modeling_vlmoe.conversion import upcycle
 from modeling_vlmoe.conversion.mapping import DenseTensor, map_tensors
 from modeling_vlmoe.conversion.planning import plan_upcycle
-from modeling_vlmoe.conversion.upcycle import format_bytes, preview
+from modeling_vlmoe.conversion.summaries import format_bytes
+from modeling_vlmoe.conversion.upcycle import preview
 from modeling_vlmoe.conversion.written_file import WrittenFile
 from tests.conversion.conftest import ALL_SPARSE
 
