@@ -15,8 +15,8 @@ from modeling_vlmoe.conversion.expert_init import EXPERT_INITS
 from modeling_vlmoe.conversion.gaps import FLOOR_FACTOR, LIMIT, Findings, measure_gap
 from modeling_vlmoe.conversion.planning import plan_upcycle
 from modeling_vlmoe.conversion.probes import FEWEST_ROWS, ROWS_PER_EXPERT, probe_rows
-from modeling_vlmoe.conversion.streaming import CheckpointReader, write_checkpoint
 from modeling_vlmoe.conversion.proved_writing import write_companions
+from modeling_vlmoe.conversion.streaming import CheckpointReader, write_checkpoint
 from modeling_vlmoe.conversion.verify import prove
 from modeling_vlmoe.sparse_moe import Router
 from tests import tiny
