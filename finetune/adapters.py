@@ -81,12 +81,7 @@ def lora_modules(layer: nn.Module, targets: list[str]) -> list[str]:
 
 def lora_parameters(layer: nn.Module) -> list[str]:
     """The stacks of weights of a layer's experts, by their names in it (biases are vectors, not for LoRA)."""
-    return [
-        f"{path}.experts.{name}"
-        for path, block in sparse_blocks(layer)
-        for name, parameter in block.experts.named_parameters(recurse=False)
-        if parameter.ndim == 3
-    ]
+    return [f"{path}.experts.{name}" for path, block in sparse_blocks(layer) for name in block.experts.stacks]
 
 
 def check_lora(config: Any, settings: FinetuneSettings, options: dict[str, Any] | None = None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .configuration_vlmoe import num_feature_layers
 from .towers import sparse_blocks, tower_layers
@@ -30,11 +31,22 @@ def is_adapter(module: nn.Module) -> bool:
 
 def expert_suffixes(model: nn.Module) -> list[str]:
     """How the stacks of expert weights end, as PEFT's `target_parameters` takes them: "mlp.experts.down_proj"."""
-    suffixes = set()
-    for path, block in sparse_blocks(model):
-        names = [name for name, parameter in block.experts.named_parameters() if parameter.ndim == 3]
-        suffixes |= {f"{path.rpartition('.')[2]}.experts.{name}" for name in names}
-    return sorted(suffixes)
+    ends = {
+        f"{path.rpartition('.')[2]}.experts.{name}"
+        for path, block in sparse_blocks(model)
+        for name in block.experts.stacks
+    }
+    return sorted(ends)
+
+
+def remedy(model: nn.Module) -> str:
+    """How an adapter reaches experts and routers."""
+    if any(is_parametrized(block.experts) for _, block in sparse_blocks(model)):
+        return f"Let {HELPER} name what can learn: PEFT finds packed experts by their full names alone."
+    return (
+        f"Give LoraConfig target_parameters={expert_suffixes(model)} and modules_to_save=['router'], or let {HELPER} "
+        "name exactly what can learn."
+    )
 
 
 def count_unread(model: Any) -> int:
@@ -60,11 +72,9 @@ def warn_of_idle_experts(model: Any) -> None:
     unread = count_unread(model)
     logger.warning(
         "This model is sparse, but the adapter around it trains neither its experts nor its routers, and the router "
-        "losses have no effect: PEFT's all-linear finds Linears only. Give LoraConfig target_parameters=%s and "
-        "modules_to_save=['router'], or let %s name exactly what can learn.%s If it is meant, set "
+        "losses have no effect: PEFT's all-linear finds Linears only. %s%s If it is meant, set "
         "`warns_of_adapters = False` on the VLMoEModel.",
-        expert_suffixes(model),
-        HELPER,
+        remedy(model),
         f" {unread} of its weights adapt what the connector never reads of the ViT, and get no gradient either: "
         "exclude_modules=r'.*vision_tower.*' keeps them out."
         if unread

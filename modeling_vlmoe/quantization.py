@@ -26,6 +26,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from .configuration_vlmoe import PARTS
+from .packed_adapters import guard, settle_adapters
 from .sparse_moe import Experts
 from .towers import mark_initialized, sparse_blocks
 
@@ -60,7 +61,7 @@ class Int8Rows(nn.Module):
     @torch.no_grad()
     def forward(self, codes: Tensor) -> Tensor:
         """Maps int8 codes (..., rows, columns) to the weight of that shape."""
-        return (codes * self.scale).to(self.dtype)
+        return guard((codes * self.scale).to(self.dtype))
 
 
 class Nf4Blocks(nn.Module):
@@ -87,7 +88,7 @@ class Nf4Blocks(nn.Module):
         from bitsandbytes.functional import dequantize_4bit
 
         self.state.absmax, self.state.code = self.absmax, self.code  # buffers follow the module to its device
-        return dequantize_4bit(codes, self.state).view(self.shape)
+        return guard(dequantize_4bit(codes, self.state).view(self.shape))
 
 
 def _quantized_8bit(weight: Tensor) -> tuple[Tensor, nn.Module]:
@@ -108,6 +109,7 @@ QUANTIZED = {4: _quantized_4bit, 8: _quantized_8bit}
 
 
 def _keep_unpacked(module: nn.Module, args: tuple) -> None:
+    settle_adapters(module)
     # A kernel may read a weight several times in one pass. The count is that of `torch.nn.utils.parametrize.cached`.
     parametrize._cache_enabled += 1
 
@@ -133,11 +135,11 @@ def _stacks(experts: nn.Module) -> list[str]:
     return [name for name, tensor in experts.named_parameters(recurse=False) if tensor.ndim == 3]
 
 
-def _check(bits: int, parts: Iterable[str]) -> None:
+def _check(bits: int, parts: str | tuple[str, ...]) -> None:
     if bits not in BITS:
         raise ValueError(f"bits is {bits!r}; expected one of {', '.join(map(str, BITS))}.")
-    if isinstance(parts, str) or (unknown := sorted(set(parts) - set(PARTS))):
-        given = parts if isinstance(parts, str) else unknown
+    if isinstance(parts, str) or not parts or (unknown := sorted(set(parts) - set(PARTS))):
+        given = unknown if parts and not isinstance(parts, str) else parts
         raise ValueError(f"parts has {given!r}; expected a list of some of: {', '.join(PARTS)}.")
 
 
@@ -173,6 +175,7 @@ def quantize_experts(model: Any, bits: int = 4, parts: Iterable[str] = ("text",)
     Raises:
         ValueError: if there are no such experts, if they are packed already, or if they are offloaded.
     """
+    parts = parts if isinstance(parts, str) else tuple(parts)
     _check(bits, parts)
     stacks = _experts_of(model, parts)
     if not stacks:
@@ -290,9 +293,15 @@ class VLMoEQuantizationConfig(BitsAndBytesConfig):
     """
 
     def __init__(self, bits: int = 4, parts: Iterable[str] = ("text",), **kwargs: Any):
+        parts = parts if isinstance(parts, str) else tuple(parts)
         _check(bits, parts)
-        self.bits, self.parts = bits, tuple(parts)
-        kwargs["llm_int8_skip_modules"] = skipped_modules(parts) + list(kwargs.get("llm_int8_skip_modules") or ())
+        self.bits, self.parts = bits, parts
+        # What the host writes of a configuration, and reads again.
+        for name, meant in (("load_in_4bit", bits == 4), ("load_in_8bit", bits == 8)):
+            if kwargs.pop(name, meant) != meant:
+                raise ValueError(f"{name} is {not meant}, but bits is {bits}. Give bits alone.")
+        skipped = [*skipped_modules(parts), *(kwargs.get("llm_int8_skip_modules") or ())]
+        kwargs["llm_int8_skip_modules"] = list(dict.fromkeys(skipped))
         if bits == 4:
             kwargs = {"bnb_4bit_quant_type": "nf4"} | kwargs
         super().__init__(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **kwargs)

@@ -95,15 +95,22 @@ class Experts(nn.Module):
         width = getattr(dense_mlp, layout.inputs[0]).in_features
         self.intermediate_size = intermediate_size or down.in_features
         num_rows = self.intermediate_size * (2 if self.is_gated else 1)
+        # In the order of their names: PEFT numbers the adapters of a module in the order in which it finds weights,
+        # which is this one, and of packed weights that of their names (0.21). An adapter is to fit both.
         shapes: dict[str, tuple[int, ...]] = {
-            layout.input_stack: (num_rows, width),
             "down_proj": (down.out_features, self.intermediate_size),
+            layout.input_stack: (num_rows, width),
         }
         if self.is_biased:
             shapes |= {f"{layout.input_stack}_bias": (num_rows,), "down_proj_bias": (down.out_features,)}
         for name, shape in shapes.items():
             tensor = torch.empty(num_experts, *shape, dtype=down.weight.dtype, device=down.weight.device)
             self.register_parameter(name, nn.Parameter(tensor))
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The names of the stacked weights, packed or not; biases are not among them."""
+        return "down_proj", "gate_up_proj" if self.is_gated else "up_proj"
 
     def reset_parameters(self, std: float) -> None:
         """Normal weights, zero biases."""

@@ -110,7 +110,7 @@ def test_rank_pattern_on_one_expert_tensor_changes_that_rank_alone(model, base):
     patterned = get_peft_model(reload(base), lora_config(reload(base), rank_pattern={tensor: 2}))
     shapes = {name: value.shape for name, value in plain.named_parameters()}
     unlike = {name: value.shape for name, value in patterned.named_parameters() if value.shape != shapes[name]}
-    prefix = f"base_model.model.{TEXT}.1.mlp.experts.base_layer"  # down_proj's pair is the outer one
+    prefix = f"base_model.model.{TEXT}.1.mlp.experts"  # the outer pair; that of down_proj is inside
     assert unlike == {f"{prefix}.lora_A.default.weight": (8, 32), f"{prefix}.lora_B.default.weight": (96, 8)}
 
 

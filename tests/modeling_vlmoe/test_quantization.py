@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
+from modeling_vlmoe.finetune import lora_config
 from modeling_vlmoe.quantization import (
     BITS,
     INT8_MAX,
@@ -50,6 +51,10 @@ def saved(full, tmp_path_factory):
 def load(folder, bits, parts=("text",), **kwargs):
     config = VLMoEQuantizationConfig(bits, parts)
     return AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config, **kwargs)
+
+
+def load_full(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder)
 
 
 def experts_of(model):
@@ -169,24 +174,74 @@ def test_loading_packs_each_stack_as_it_is_read(saved, bits, monkeypatch):
     assert most == [[]] * 6
 
 
-def test_lora_on_packed_experts_learns_and_its_adapter_is_saved(saved, tmp_path):
-    for bits in BITS:
-        model = load(saved, bits)
-        config = LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
-        tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
-        inputs = batch((1, 1))
-        tuned.train()
-        optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.5)
-        losses = []
-        for _ in range(3):
-            loss = tuned(**inputs, labels=inputs["input_ids"]).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        assert losses[-1] < losses[0], bits
-        tuned.save_pretrained(tmp_path / str(bits))
-        assert (tmp_path / str(bits) / "adapter_model.safetensors").is_file()
+@torch.no_grad()
+def rounded_like(packed, full):
+    """The full model with the weights that the packed one computes with."""
+    wanted = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): module
+        for name, module in experts_of(packed).items()
+    }
+    for name, experts in experts_of(full).items():
+        for stack, value in weights(wanted[name]).items():
+            getattr(experts, stack).copy_(value)
+    return full
+
+
+def trained(model, config, steps=3):
+    """The model with LoRA, its losses step by step, and the LoRA tensors' gradients of the last."""
+    torch.manual_seed(0)
+    tuned = get_peft_model(model, config, autocast_adapter_dtype=False).train()
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    learning = {name: parameter for name, parameter in tuned.named_parameters() if "lora_" in name}
+    optimizer = torch.optim.SGD(learning.values(), lr=0.1)
+    inputs, losses, gradients = batch((1, 1)), [], {}
+    for _ in range(steps):
+        loss = tuned(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in learning.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return tuned, losses, gradients
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("bits", BITS)
+def test_lora_on_packed_experts_is_lora_on_their_rounded_weights(saved, bits, checkpointing, tmp_path):
+    packed = quantize_experts(load_full(saved), bits)
+    rounded = rounded_like(packed, load_full(saved))
+    if checkpointing:
+        for model in (packed, rounded):
+            model.activation_checkpointing_enable({"use_reentrant": False})
+    config = lora_config(packed, lora_r=2, lora_targets=["experts"], train_routers=False)
+    assert config.target_parameters == lora_config(rounded, lora_r=2, lora_targets=["experts"]).target_parameters
+    tuned, losses, gradients = trained(packed, config)
+    _, wanted_losses, wanted_gradients = trained(rounded, config)
+    assert len(gradients) == 4 * len(packed.config.text_moe.layers)
+    assert all("language_model" in name and gradient.abs().sum() > 0 for name, gradient in gradients.items())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted_gradients[name], rtol=1e-4, atol=1e-6)
+    assert losses == pytest.approx(wanted_losses, rel=1e-5)
+    assert losses[-1] < losses[0]
+    tuned.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(quantize_experts(load_full(saved), bits), tmp_path)
+    inputs = batch((1, 1))
+    with torch.no_grad():
+        assert gap(again.eval()(**inputs).logits, tuned.eval()(**inputs).logits) <= 1e-6
+        unpacked = PeftModel.from_pretrained(rounded_like(again, load_full(saved)), tmp_path).eval()
+        assert gap(unpacked(**inputs).logits, tuned(**inputs).logits) <= 1e-5  # it fits unpacked experts too
+    with pytest.raises(ValueError, match="Load the model without quantization"):
+        again.merge_and_unload()
+
+
+def test_an_adapter_that_misses_packed_experts_is_told_how_to_find_them(saved, caplog):
+    config = LoraConfig(r=2, target_modules="all-linear", exclude_modules=r".*vision_tower.*|.*connector.*")
+    tuned = get_peft_model(quantize_experts(load_full(saved), 8), config).train()
+    with caplog.at_level(logging.WARNING):
+        tuned(**batch((1,)))
+    assert "PEFT finds packed experts by their full names alone" in caplog.text
 
 
 @pytest.mark.parametrize("way", ["loaded", "in memory"])
@@ -256,6 +311,7 @@ def test_torchaos_linears_go_with_our_experts(saved, run_python):
         ({"bits": 3}, "bits is 3; expected one of 4, 8"),
         ({"parts": ["text", "router"]}, r"parts has \['router'\]"),
         ({"parts": "text"}, "parts has 'text'; expected a list"),
+        ({"parts": []}, r"parts has \(\); expected a list"),
     ],
 )
 def test_raises_when_bits_or_parts_are_unknown(full, arguments, message):
@@ -263,6 +319,16 @@ def test_raises_when_bits_or_parts_are_unknown(full, arguments, message):
         quantize_experts(full, **arguments)
     with pytest.raises(ValueError, match=message):
         VLMoEQuantizationConfig(**arguments)
+
+
+def test_a_configuration_is_read_back_from_what_it_writes():
+    for bits in BITS:
+        config = VLMoEQuantizationConfig(bits, iter(["text", "vision"]))
+        again = VLMoEQuantizationConfig.from_dict(config.to_dict())
+        assert again.to_dict() == config.to_dict()
+        assert again.parts == ("text", "vision")
+    with pytest.raises(ValueError, match="load_in_4bit is True, but bits is 8"):
+        VLMoEQuantizationConfig(bits=8, load_in_4bit=True)
 
 
 def test_raises_when_there_is_nothing_to_pack(full, monkeypatch):
