@@ -12,7 +12,18 @@ def option(help: str, default: Any = None) -> Any:
 
 NATIVE = "native"
 FORMATS = ("vlmoe", NATIVE)
+STRATEGIES = ("default", "full")
 MOST_LAYERS = 10_000  # a layer beyond it is a slip of the keyboard, and a range up to it would fill the memory
+
+
+def check_strategy(given: str | None) -> None:
+    """Checks which tokens the connector is to read.
+
+    Raises:
+        ValueError: for another word.
+    """
+    if given not in (None, *STRATEGIES):
+        raise ValueError(f"--vision-feature-select-strategy is {given}; expected {' or '.join(STRATEGIES)}.")
 
 
 @dataclass
@@ -61,6 +72,7 @@ class UpcycleArguments:
             self.output_dir = str(self.output_dir)
         if self.format not in FORMATS:
             raise ValueError(f"--format is {self.format!r}; expected {' or '.join(FORMATS)}.")
+        check_strategy(self.vision_feature_select_strategy)
         for name in ("text_layers", "vision_layers"):
             parse_layers(getattr(self, name), name)
 

@@ -126,19 +126,35 @@ def open_checkpoint(given: str, folder: Path) -> Parent:
 
 
 def refuse_unlike_experts(plan: ExportPlan) -> None:
-    """Refuses experts in ViT or connector that have become unlike, unless their mean was asked for.
+    """Refuses experts in ViT or connector that no dense MLP replaces, unless their mean was asked for and exists.
 
     Raises:
-        ValueError: naming them, what can be written instead, and how far that is away.
+        ValueError: naming them, why, what can be written instead, and how far that is away; and where a mean is asked
+            for that there is no need for.
     """
-    if plan.is_exact or plan.args.mean_experts:
+    if plan.is_exact:
+        if plan.args.mean_experts:
+            raise ValueError(
+                "--mean-experts is given, but nothing that is written needs a mean: the export is exact. Leave it out."
+            )
         return
-    unlike = [describe_experts(plan.config, part) for part, form in plan.forms.items() if not form.is_equal]
+    unlike = {part: form for part, form in plan.forms.items() if form.obstacles}
+    has_mean = all(form.has_mean for form in unlike.values())
+    if plan.args.mean_experts and has_mean:
+        return
+    reasons = [
+        f"those of {describe_experts(plan.config, part)} {' and '.join(form.obstacles)}"
+        for part, form in unlike.items()
+    ]
+    instead = "There is no mean of theirs that LLaVA could hold (--mean-experts)."
+    if has_mean:
+        instead = (
+            "Or take the mean of each layer's experts (--mean-experts): that is another model, whose image features "
+            f"are {measure_mean(plan):.2g} standard deviations away from this one's (measured on a picture of noise)."
+        )
     raise ValueError(
-        f"LLaVA has no experts in the ViT and the connector, and those of {' and '.join(unlike)} are no longer copies "
-        "of one another: they cannot be exported without loss. Export the LM alone (--to text), which is exact. Or "
-        "take the mean of each layer's experts (--mean-experts): that is another model, whose image features are "
-        f"{measure_mean(plan):.2g} standard deviations away from this one's (measured on a picture of noise)."
+        f"LLaVA has no experts in the ViT and the connector, and {'; '.join(reasons)}: they cannot be exported "
+        f"without loss. Choose --to text, the LM alone, which is exact. {instead}"
     )
 
 
@@ -207,4 +223,5 @@ def describe_receipt(receipt: dict[str, Any]) -> str:
         )
     if not receipt["is_exact"]:
         lines.append("NOT equal: the experts of ViT or connector, which are written as their mean (--mean-experts)")
-    return "\n".join(lines + [f"{what}: {gap:.2g}" for what, gap in proof["informative"].items() if GIVEN not in what])
+    told = {what: gap for what, gap in proof["informative"].items() if GIVEN not in what}
+    return "\n".join(lines + [f"{what}: {gap:.2g} standard deviations" for what, gap in told.items()])

@@ -4,6 +4,7 @@ yet.
 
 import copy
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -143,10 +144,20 @@ def dense_forms(source: DenseTensors, config: Any, dense: Any) -> dict[str, Dens
             found = [find_dense_mlp(dense.model.vision_tower, index) for index in moe.layers]
             mlps = {PART_PREFIX[part] + mlp.path: (mlp.layout, mlp.module) for mlp in found}
         stacks = [name for name in source.names if name.partition(EXPERTS)[0] in mlps and EXPERTS in name]
-        is_copy = moe.norm_topk_prob and not moe.num_shared_experts
-        is_equal = is_copy and all(all_equal(source.tensor(name)) for name in stacks)
         layouts = {path: (layout, is_biased(mlp, layout)) for path, (layout, mlp) in mlps.items()}
-        forms[part] = DenseForm(layouts, is_equal)
+        is_as_wide = all(
+            prod(source.shape(f"{path}{EXPERTS}down_proj")[1:])
+            == dense.get_parameter(f"{path}.{layout.down}.weight").numel()
+            for path, (layout, _) in layouts.items()
+        )
+        obstacles = {
+            "are no longer copies of one another": not all(all_equal(source.tensor(name)) for name in stacks),
+            "are not as wide as the dense MLP": not is_as_wide,
+            "have weights that do not sum to one (norm_topk_prob is False)": not moe.norm_topk_prob,
+            "have a shared expert beside them": bool(moe.num_shared_experts),
+        }
+        reasons = tuple(reason for reason, is_one in obstacles.items() if is_one)
+        forms[part] = DenseForm(layouts, reasons, is_as_wide and not moe.num_shared_experts)
     return forms
 
 

@@ -7,6 +7,7 @@ All maths in float32 on weights mapped from the files, the checkpoint's on one s
   model really gives it.
 - Are the image features, and the logits of text with a picture in it, the same?
 - Does the processor give the same token ids and pixels?
+- Does the configuration say the same, field by field, also what no run of some dozen tokens sees?
 
 Then both are run in bfloat16, where the host's routers round and ours do not; that gap is reported, not judged.
 """
@@ -28,6 +29,7 @@ from modeling_vlmoe.towers import tower_layers
 from .block_probes import BlockProbe
 from .dense_runs import feature_layers, image_results
 from .dense_tensors import dense_model
+from .export_meaning import check_meaning
 from .export_plan import ExportPlan
 from .gaps import Findings, measure_gap, nudge
 from .low_precision import mapped_bfloat16, to_bfloat16
@@ -91,6 +93,7 @@ class ExportProof:
         reader = CheckpointReader(folder)
         check_weights(plan.mapping, plan.drawing, reader, set())
         config = load_written(AutoConfig, folder, CONFIG_NAME)
+        self.config = config
         role = "vlm" if plan.args.to == "llava" else "text"
         self.tensors: NativeTensors = find_native_tensors(Parent(role, folder.name, folder, None, config, reader))
         self.native: Any = fill_native(self.tensors)
@@ -140,7 +143,9 @@ class ExportProof:
         if self.plan.is_exact:
             self.findings.judge(FEATURES, wanted, got, nudged)
             return got
-        self.findings.informative[f"{FEATURES}, by the mean of the experts"] = measure_gap(wanted, got)
+        self.findings.informative[f"{FEATURES} by the mean of the experts, from those by the experts"] = measure_gap(
+            wanted, got
+        )
         return wanted  # so that the LM is judged by itself
 
     def inputs(self, features: Tensor | None) -> dict[str, Any]:
@@ -181,7 +186,9 @@ class ExportProof:
         for name, model in (("vlmoe", self.vlmoe), ("exported", self.native)):
             with mapped_bfloat16():
                 logits = to_bfloat16(model)(**inputs).logits.float()
-            self.findings.informative[f"{LOGITS} in bfloat16, {name}"] = measure_gap(wanted, logits)
+            self.findings.informative[f"{LOGITS} in bfloat16, {name}, from those in float32"] = measure_gap(
+                wanted, logits
+            )
 
 
 def one_piece(tensors: Any) -> Callable[[str], list[str]]:
@@ -230,6 +237,7 @@ def prove_export(plan: ExportPlan, folder: Path) -> Findings:
                 check_processor(plan.processor, folder)
                 features = proof.prove_images()
             proof.prove_text(features)
+            check_meaning(plan, proof.config)
         finally:
             proof.pages.close()
     return proof.findings

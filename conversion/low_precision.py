@@ -20,9 +20,10 @@ class mapped_bfloat16(mapped_maths):
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`F.linear` with the weight cast by blocks of rows."""
         step = max(1, BLOCK_BYTES // (2 * weight.shape[1]))
-        parts = [F.linear(input, rows.to(input.dtype)) for rows in weight.split(step)]
-        output = torch.cat(parts, dim=-1)
-        return output if bias is None else output + bias.to(input.dtype)
+        biases = [None] * -(-weight.shape[0] // step) if bias is None else bias.to(input.dtype).split(step)
+        # With the bias inside, as the kernel rounds once.
+        blocks = zip(weight.split(step), biases, strict=True)
+        return torch.cat([F.linear(input, rows.to(input.dtype), part) for rows, part in blocks], dim=-1)
 
     def embedding(self, input: Tensor, weight: Tensor, *args, **kwargs) -> Tensor:
         """`F.embedding` that casts only the rows it gathers."""

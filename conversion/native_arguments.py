@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from .arguments import from_values, option
+from .arguments import check_strategy, from_values, option
 
 FORMS = ("llava", "text")
 
@@ -50,7 +50,7 @@ class ImportArguments:
 
     text_model: str | None = option("Sparse LLM (Mixtral, Qwen2-MoE, Qwen3-MoE): a folder or a Hub id.")
     vision_model: str | None = option("Dense ViT (or a whole CLIP or SigLIP around it): a folder or a Hub id.")
-    vlm_model: str | None = option("Instead of the two parents: a LLaVA whose LLM is one of these.")
+    vlm_model: str | None = option("Instead of the two parents: a LLaVA whose LLM is one of these, or dense.")
     output_dir: str | None = option("Folder of the vlmoe model.")
     vision_feature_layer: int | list[int] | None = option(  # noqa: RUF009 (it is a field)
         "Of two parents: hidden state of the ViT that the connector reads; not given: -2, the last layer's input."
@@ -70,6 +70,7 @@ class ImportArguments:
     def __post_init__(self) -> None:
         if self.output_dir is not None:
             self.output_dir = str(self.output_dir)
+        check_strategy(self.vision_feature_select_strategy)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str) -> "ImportArguments":

@@ -18,6 +18,7 @@ from modeling_vlmoe.towers import HEAD_MATHS
 
 from .connector_init import DrawnConnector
 from .dense_tensors import DenseTensors, find_dense_tensors
+from .llava_parents import vlmoe_fields
 from .mapping import (
     EXPERTS,
     PART_PREFIX,
@@ -173,15 +174,7 @@ def build_imported_config(args: ImportArguments, parents: dict[str, Parent]) -> 
     if llava is None:
         fields["vision_config"] = parents["vision"].tower_config.to_dict()
     else:
-        fields |= {
-            "vision_config": llava.vision_config.to_dict(),
-            "image_token_id": llava.image_token_index,
-            "vision_feature_layer": llava.vision_feature_layer,
-            "vision_feature_select_strategy": llava.vision_feature_select_strategy,
-            "connector_hidden_act": llava.projector_hidden_act,
-            "connector_bias": llava.multimodal_projector_bias,
-            "tie_word_embeddings": llava.tie_word_embeddings,
-        }
+        fields |= vlmoe_fields(llava, text)
     return VLMoEConfig(**fields), native
 
 

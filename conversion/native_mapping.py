@@ -51,10 +51,22 @@ LLAVA_NAMES = Names(
 
 @dataclass(frozen=True)
 class DenseForm:
-    """How a sparse part becomes dense: the MLPs' layouts by their paths, and whether experts are equal copies."""
+    """How a sparse part becomes dense.
+
+    Attributes:
+        layouts: The MLPs' layouts, and whether they have biases, by their paths.
+        obstacles: Why one dense MLP cannot compute what the experts compute; none where they are equal copies.
+        has_mean: Whether the mean of the experts is an MLP of the dense one's width, with nothing left over.
+    """
 
     layouts: dict[str, tuple[MLPLayout, bool]]
-    is_equal: bool
+    obstacles: tuple[str, ...]
+    has_mean: bool
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether one dense MLP computes what the experts compute."""
+        return not self.obstacles
 
 
 @dataclass

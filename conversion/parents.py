@@ -58,17 +58,18 @@ def find_folder(given: str, role: str, revision: str | None = None, flag: str | 
         given: What the user called it.
         role: The parent's role.
         revision: Branch, tag or commit on the Hub.
-        flag: What messages call it; None: the option of its role.
+        flag: What messages call it, where its revision is `--revision`; None: the options of its role.
 
     Raises:
         ValueError: when it is neither.
     """
+    revision_flag = f"--{role}-revision" if flag is None else "--revision"
     flag = flag or f"--{role}-model"
     path = Path(given).expanduser()
     if path.is_dir():
         if revision is not None:
             raise ValueError(
-                f"--{role}-revision {revision} is given, but {given} is a folder; revisions are of Hub ids. "
+                f"{revision_flag} {revision} is given, but {given} is a folder; revisions are of Hub ids. "
                 "Leave it out."
             )
         return path

@@ -147,12 +147,6 @@ def build_dense_config(args: UpcycleArguments, parents: dict[str, Parent]) -> VL
                     f"{getattr(config, name)}; leave it out."
                 )
         return config
-    strategies = ("default", "full")
-    if given.get("vision_feature_select_strategy", "full") not in strategies:
-        raise ValueError(
-            f"--vision-feature-select-strategy is {args.vision_feature_select_strategy}; expected "
-            f"{' or '.join(strategies)}."
-        )
     return VLMoEConfig(
         text_config=parents["text"].tower_config.to_dict(),
         vision_config=parents["vision"].tower_config.to_dict(),

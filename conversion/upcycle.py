@@ -8,6 +8,8 @@ PosixPath('out')
 import tempfile
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from modeling_vlmoe import VLMoEForConditionalGeneration, register
 
 from .arguments import NATIVE, UpcycleArguments
@@ -48,15 +50,18 @@ def upcycle(args: UpcycleArguments) -> Path:
     return write_proved(plan, output, args.force)
 
 
-def check_native(plan: UpcyclePlan) -> None:
+def check_native(plan: UpcyclePlan) -> PreTrainedConfig:
     """Refuses early what could not be exported.
+
+    Returns:
+        The configuration of the LLM that is to be written.
 
     Raises:
         ValueError: as `export`.
     """
     build_on_meta(lambda: VLMoEForConditionalGeneration(plan.config))  # resolves what is left open
-    native_text_config(plan.config)
     check_head(plan.config)
+    return native_text_config(plan.config)[1]
 
 
 def write_native(plan: UpcyclePlan, output: Path, force: bool) -> Path:
@@ -93,6 +98,8 @@ def preview(args: UpcycleArguments) -> str:
         ValueError: as `upcycle` would.
     """
     plan = prepare(args)
-    if args.format == NATIVE:
-        check_native(plan)
-    return summarise(plan.mapping, draws_connector="vlm" not in plan.parents)
+    written = summarise(plan.mapping, draws_connector="vlm" not in plan.parents)
+    if args.format != NATIVE:
+        return written
+    text = check_native(plan)
+    return f"{written}\nall this in between; what is kept is exported from it: llava around {text.model_type}"

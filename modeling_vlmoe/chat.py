@@ -31,6 +31,8 @@ def image_url(source: str) -> str:
     Raises:
         ValueError: for a file that is not there, or is no image.
     """
+    from PIL import Image, UnidentifiedImageError
+
     if source.startswith(("http://", "https://", "data:")):
         return source
     path = Path(source).expanduser()
@@ -38,6 +40,10 @@ def image_url(source: str) -> str:
     if not path.is_file() or not kind.startswith("image/"):
         reason = "it is no image by its name" if path.is_file() else "there is no such file"
         raise ValueError(f"Cannot attach {source}: {reason}. Give the path or the URL of an image.")
+    try:
+        Image.open(path).verify()
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"Cannot attach {source}: nothing can read it as an image. Give another.") from error
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
@@ -45,7 +51,8 @@ def read_settings(words: list[str]) -> dict[str, Any]:
     """Settings of `generate` from `KEY=VALUE` words, read as `transformers chat` reads them.
 
     Raises:
-        ValueError: for a word without `=`, a value that it cannot read, or a setting that `generate` does not know.
+        ValueError: for a word without `=`, a value that it cannot read or `generate` cannot use, or a setting that
+            it does not know.
     """
     import typer
     from transformers import GenerationConfig
@@ -55,6 +62,11 @@ def read_settings(words: list[str]) -> dict[str, Any]:
         settings = parse_generate_flags(words)
     except typer.BadParameter as error:
         raise ValueError(f"{error.message} Write them as max_new_tokens=100.") from error
+    try:
+        GenerationConfig(**{name: value for name, value in settings.items() if name != SEED}).validate()
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={value}" for name, value in settings.items())
+        raise ValueError(f"`generate` cannot use {given}: {error} Give another value.") from error
     known = GenerationConfig()
     if unknown := [name for name in settings if not (hasattr(known, name) or name == SEED)]:
         raise ValueError(f"`generate` has no settings {', '.join(unknown)}. Leave them out, or correct their names.")

@@ -93,6 +93,28 @@ def host_messages(messages: Messages) -> Messages:
     return found
 
 
+def check_takes_images(model_name_or_path: str) -> None:
+    """Refuses what is not there, and models of text alone.
+
+    Raises:
+        ValueError: naming it.
+    """
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path)
+    except OSError as error:
+        raise ValueError(
+            f"There is no model {model_name_or_path}, neither as a folder nor on a Hub that can be reached. Check the "
+            f"name: {str(error).splitlines()[0]}"
+        ) from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(
+            f"{model_name_or_path} is a {config.model_type} model, which takes no images. Give a vision-language "
+            "model; `transformers chat` is for others."
+        )
+
+
 def from_checkpoint(model_name_or_path: str) -> Answer:
     """Answers of a model loaded here, where accelerate places it.
 
@@ -101,6 +123,7 @@ def from_checkpoint(model_name_or_path: str) -> Answer:
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer, set_seed
 
+    check_takes_images(model_name_or_path)
     processor = AutoProcessor.from_pretrained(model_name_or_path)
     model = AutoModelForImageTextToText.from_pretrained(model_name_or_path, dtype="auto", device_map="auto").eval()
 

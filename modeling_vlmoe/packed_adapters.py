@@ -23,15 +23,16 @@ PEFT_LORA = "peft.tuners.lora.layer"
 class UnpackedWeight(Tensor):
     """A packed stack as a tensor, read outside of a pass: to be looked at, not to be written."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    @property  # type: ignore[override]
-    def data(self) -> Tensor:
-        """What PEFT adds an adapter to.
+    def __getattribute__(self, name: str) -> Any:
+        """Any attribute but `data`, to which PEFT adds an adapter.
 
         Raises:
-            ValueError: always.
+            ValueError: for `data`.
         """
+        if name != "data":
+            return super().__getattribute__(name)
         raise ValueError(
             "An adapter cannot be merged into packed experts. Load the model without quantization and merge it there "
             "(modeling_vlmoe.finetune.merge_adapter)."
@@ -47,7 +48,7 @@ def make_removable(proxy: nn.Module) -> nn.Module:
     """A proxy of PEFT's that PEFT finds again."""
     layer: Any = sys.modules[PEFT_LORA]
 
-    class Removable(layer._LoraParameterProxy):  # type: ignore[misc,name-defined]
+    class Removable(layer._LoraParameterProxy):
         def __init__(self):
             nn.Module.__init__(self)
 

@@ -12,6 +12,7 @@ from modeling_vlmoe.conversion import ExportArguments, UpcycleArguments, export,
 from modeling_vlmoe.conversion.export import EXPORT_RECEIPT_NAME, preview_export
 from modeling_vlmoe.conversion.native_targets import DENSE_FAMILIES, PAIRS, choose_pair, declared_fields, to_native
 from modeling_vlmoe.conversion.streaming import CheckpointReader
+from modeling_vlmoe.conversion.upcycle import preview
 from tests import tiny
 from tests.conversion.sparse_checkpoints import FAMILIES, LAYERS, TARGETS, inputs, save_vlmoe
 from tests.models import gap
@@ -205,6 +206,8 @@ def test_a_preview_writes_nothing(tmp_path):
 @torch.no_grad()
 def test_upcycling_into_the_native_form(parents, tmp_path):
     settings = {"text_model": str(parents / "qwen3"), "vision_model": str(parents / "siglip"), "text_experts": 4}
+    printed = preview(UpcycleArguments(**settings, format="native"))
+    assert printed.endswith("exported from it: llava around qwen3_moe")
     out = upcycle(UpcycleArguments(**settings, format="native", output_dir=str(tmp_path / "out")))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     model = load(out)

@@ -3,18 +3,21 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from modeling_vlmoe.conversion import ExportArguments, ProofError, export
 from modeling_vlmoe.conversion.export import open_checkpoint, write_companions
 from modeling_vlmoe.conversion.export_plan import plan_export
-from modeling_vlmoe.conversion.export_proof import prove_export
+from modeling_vlmoe.conversion.export_proof import ExportProof, prove_export
 from modeling_vlmoe.conversion.native_targets import PAIRS
 from modeling_vlmoe.conversion.streaming import write_checkpoint
 from tests.conversion.sparse_checkpoints import save_vlmoe
+from tests.models import gap
 
 LIMIT = 1e-5
 
@@ -53,7 +56,9 @@ def test_the_proof_holds(plan, native):
         f"layers.{index}.mlp {'by' if kind == 'every expert' else 'on'} {kind}" for index in (0, 2) for kind in kinds
     }
     assert {"logits", "image features"} <= set(findings.judged)
-    assert {"logits in bfloat16, vlmoe", "logits in bfloat16, exported"} <= set(findings.informative)
+    assert {f"logits in bfloat16, {side}, from those in float32" for side in ("vlmoe", "exported")} <= set(
+        findings.informative
+    )
 
 
 EXPERT = "language_model.model.layers.2.mlp.experts.{}.down_proj.weight"
@@ -133,6 +138,62 @@ JSON_MUTANTS = {
     "another feature layer": (lambda config: config.update(vision_feature_layer=-1), r"image features differs by"),
     "fewer experts for a token": (lambda config: config["text_config"].update(num_experts_per_tok=1), r"differs by"),
 }
+
+
+# What no run of some dozen tokens sees, nor one that does not train.
+SILENT_MUTANTS = {
+    "a shorter context": ({"max_position_embeddings": 64}, "max_position_embeddings 64 of the LLM"),
+    "dropout": ({"attention_dropout": 0.1}, "attention_dropout 0.1 of the LLM"),
+    "other settings of a window that is": ({"sliding_window": 65}, "sliding_window 65 of the LLM"),
+    "no window": ({"sliding_window": None}, "says windows"),
+    "scaled positions": (
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 4096,
+            }
+        },
+        "rope_parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SILENT_MUTANTS)
+def test_raises_when_the_configuration_would_show_later(tmp_path, name):
+    text = {"sliding_window": 64}
+    if name == "scaled positions":
+        rope = SILENT_MUTANTS[name][0]["rope_parameters"] | {"long_factor": [4.0] * 4}
+        text |= {"max_position_embeddings": 8192, "rope_parameters": rope}
+    checkpoint = save_vlmoe(tmp_path / "vlmoe", "mistral", text=text)
+    plan = plan_export(ExportArguments(checkpoint=str(checkpoint)), open_checkpoint("it", checkpoint))
+    written = exported(checkpoint, tmp_path / "out")
+    config = json.loads((written / "config.json").read_text())
+    changed, said = SILENT_MUTANTS[name]
+    config["text_config"].update(changed)
+    (written / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ProofError, match=said):
+        prove_export(plan, written)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gap_in_bfloat16_is_the_real_one(tmp_path, dtype):
+    """Of a model with biases, which a kernel adds before it rounds."""
+    checkpoint = save_vlmoe(tmp_path / "vlmoe", "qwen2", dtype=dtype)
+    plan = plan_export(ExportArguments(checkpoint=str(checkpoint)), open_checkpoint("it", checkpoint))
+    proof = ExportProof(plan, exported(checkpoint, tmp_path / "out"))
+    inputs = proof.inputs(proof.prove_images())
+    proof.prove_text(proof.prove_images())
+    loaded = partial(AutoModelForImageTextToText.from_pretrained, experts_implementation="eager")
+    for side, folder in (("vlmoe", checkpoint), ("exported", tmp_path / "out")):
+        exact, rounded = (
+            loaded(folder, dtype=kind).eval()(**inputs).logits for kind in (torch.float32, torch.bfloat16)
+        )
+        said = proof.findings.informative[f"logits in bfloat16, {side}, from those in float32"]
+        assert said == pytest.approx(gap(rounded.float(), exact), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", JSON_MUTANTS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from modeling_vlmoe.conversion import ExportArguments, export
+from modeling_vlmoe.conversion import ExportArguments, UpcycleArguments, export, upcycle
 from modeling_vlmoe.conversion.export import EXPORT_RECEIPT_NAME
 from modeling_vlmoe.conversion.streaming import CheckpointReader
 from tests.conversion.sparse_checkpoints import EXPERTS, inputs, save_vlmoe
@@ -87,12 +87,46 @@ def test_raises_when_experts_of_image_parts_are_unlike(tmp_path, part, named, le
     assert receipt_of(exported(checkpoint, tmp_path / "text", to="text"))["is_exact"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"moe_intermediate_size": 16}, "are not as wide as the dense MLP"),
+        ({"num_shared_experts": 1}, "have a shared expert beside them"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("part", ["vision_moe", "connector_moe"])
+def test_raises_when_there_is_no_mean_either(tmp_path, part, fields, reason, leaves_nothing):
+    checkpoint = save_vlmoe(tmp_path / "vlmoe", **{part: EXPERTS | fields})
+    for mean_experts in (False, True):
+        with leaves_nothing(), pytest.raises(ValueError, match=f"{reason}.*There is no mean"):
+            exported(checkpoint, tmp_path / "out", mean_experts=mean_experts)
+
+
+def test_raises_when_copies_are_weighted_otherwise(parents, tmp_path):
+    copies = {"text_model": str(parents / "llama"), "vision_model": str(parents / "siglip"), "connector_experts": 2}
+    model = upcycle(UpcycleArguments(**copies, output_dir=str(tmp_path / "vlmoe")))
+    config = json.loads((model / "config.json").read_text())
+    config["connector_moe"]["norm_topk_prob"] = False
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"the connector \(2 experts, top-2\) have weights that do not sum to one"):
+        exported(model, tmp_path / "out")
+
+
+def test_raises_when_a_mean_is_asked_for_and_none_is_needed(checkpoint, tmp_path, leaves_nothing):
+    for to in ("llava", "text"):
+        with leaves_nothing(), pytest.raises(ValueError, match="the export is exact"):
+            exported(checkpoint, tmp_path / "out", to=to, mean_experts=True)
+
+
 def test_the_mean_of_unlike_experts_is_written_when_asked_for(tmp_path):
     checkpoint = save_vlmoe(tmp_path / "vlmoe", vision_moe=EXPERTS, connector_moe=EXPERTS)
     out = exported(checkpoint, tmp_path / "out", mean_experts=True)
     receipt = receipt_of(out)
     assert not receipt["is_exact"]
-    assert receipt["proof"]["informative"]["image features, by the mean of the experts"] > 0.01
+    assert (
+        receipt["proof"]["informative"]["image features by the mean of the experts, from those by the experts"] > 0.01
+    )
     assert receipt["proof"]["gaps"]["logits"]["gap"] <= LIMIT  # of the LM, given the same image features
     stack = CheckpointReader(checkpoint).tensor("model.connector.mlp.experts.down_proj")
     written = CheckpointReader(out).tensor("multi_modal_projector.linear_2.weight")
@@ -119,6 +153,7 @@ def test_experts_that_are_still_copies_become_dense_exactly(upcycled, tmp_path):
         ({"checkpoint": None}, "Name the checkpoint to export"),
         ({"checkpoint": "/no/such"}, "checkpoint /no/such: there is no such folder"),
         ({"output_dir": None}, "Give --output-dir"),
+        ({"revision": "main"}, "--revision main is given, but"),
     ],
     ids=str,
 )

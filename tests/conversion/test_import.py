@@ -296,6 +296,11 @@ def test_raises_when_an_option_contradicts_the_llava(tmp_path, leaves_nothing):
         import_native(ImportArguments(vlm_model=str(llava), vision_feature_layer=-1, output_dir=str(tmp_path / "out")))
 
 
+def test_raises_when_the_strategy_is_unknown():
+    with pytest.raises(ValueError, match="--vision-feature-select-strategy is some; expected default or full"):
+        ImportArguments(vision_feature_select_strategy="some")
+
+
 def test_raises_when_the_processor_is_another_models(tmp_path, leaves_nothing):
     llava = save_llava(tmp_path / "llava", "mixtral")
     config = json.loads((llava / "config.json").read_text())

@@ -13,6 +13,7 @@ from PIL import Image
 from modeling_vlmoe.chat import Chat, image_url, read_settings
 from modeling_vlmoe.chat_answers import from_checkpoint, from_server, request_settings
 from modeling_vlmoe.chat_command import run_chat
+from tests import tiny
 from tests.serving.conftest import free_port
 from tests.serving.test_serve import NUM_TOKENS, generated
 
@@ -95,7 +96,23 @@ def test_raises_when_a_command_cannot_be_done(line, message):
         Chat(lambda messages, settings: iter(()), say=print).handle(line)
 
 
+def test_raises_when_a_file_only_looks_like_an_image(tmp_path):
+    (tmp_path / "bad.png").write_text("nope")
+    with pytest.raises(ValueError, match=r"Cannot attach .*bad.png: nothing can read it"):
+        Chat(lambda messages, settings: iter(()), say=print).attach([str(tmp_path / "bad.png")])
+
+
+def test_raises_when_there_is_no_such_model_or_it_takes_no_images(tmp_path):
+    with pytest.raises(ValueError, match="There is no model nobody/nothing"):
+        from_checkpoint("nobody/nothing")
+    tiny.text_config("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a llama model, which takes no images"):
+        from_checkpoint(str(tmp_path))
+
+
 def test_raises_when_a_setting_is_unknown():
+    with pytest.raises(ValueError, match="`generate` cannot use max_new_tokens=abc"):
+        read_settings(["max_new_tokens=abc"])
     with pytest.raises(ValueError, match="no settings no_such_setting"):
         read_settings(["max_new_tokens=3", "no_such_setting=1"])
 
