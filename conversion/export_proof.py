@@ -26,7 +26,7 @@ from modeling_vlmoe.sparse_moe import Experts
 from modeling_vlmoe.towers import tower_layers
 
 from .block_probes import BlockProbe
-from .dense_runs import feature_layers, image_results
+from .dense_runs import image_results
 from .dense_tensors import dense_model
 from .export_plan import ExportPlan
 from .gaps import Findings, measure_gap, nudge
@@ -66,8 +66,8 @@ def noise_pixels(plan: ExportPlan) -> Tensor:
 
 def vlmoe_features(plan: ExportPlan, model: Any, pixels: Tensor) -> Tensor:
     """The checkpoint's image features, (1, tokens, text width)."""
-    body, layers = model.model, feature_layers(plan.config)
-    return image_results(body.vision_tower, body.connector, pixels, plan.config, layers)[FEATURES]
+    body, images = model.model, {"pixel_values": pixels}
+    return image_results(body.vision_tower, body.connector, images, plan.config, layers=[])[FEATURES]
 
 
 def native_features(model: Any, pixels: Tensor) -> Tensor:

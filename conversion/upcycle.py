@@ -92,11 +92,12 @@ def check_native(plan: UpcyclePlan) -> None:
     Raises:
         ValueError: as `export`.
     """
-    from .export_plan import check_head, native_text_config
+    from .export_plan import check_features, check_head, native_text_config
 
-    build_on_meta(lambda: VLMoEForConditionalGeneration(plan.config))  # resolves what is left open
+    model = build_on_meta(lambda: VLMoEForConditionalGeneration(plan.config))  # resolves what is left open
     native_text_config(plan.config)
     check_head(plan.config)
+    check_features(model)
 
 
 def write_native(plan: UpcyclePlan, output: Path, force: bool) -> Path:
