@@ -30,9 +30,9 @@ def check_strategy(given: str | None) -> None:
 class UpcycleArguments:
     """Dense parents in, sparse vision-language model out. Layers are counted from 0: `0,1,4` or `4-11`."""
 
-    text_model: str | None = option("Dense LLM: a folder or a Hub id.")
-    vision_model: str | None = option("Dense ViT (or a whole CLIP or SigLIP around it): a folder or a Hub id.")
-    vlm_model: str | None = option("Instead of the two parents: a dense vlmoe model, a folder or a Hub id.")
+    text_model: str | None = option("Dense LLM (or a multimodal model around it): a folder or a Hub id.")
+    vision_model: str | None = option("Dense ViT (or a CLIP, SigLIP or VLM around it): a folder or a Hub id.")
+    vlm_model: str | None = option("Instead of the two parents: a dense vlmoe model or LLaVA, a folder or a Hub id.")
     output_dir: str | None = option("Folder of the sparse model.")
     text_experts: int | None = option(
         "Experts per sparse layer of the LLM; not given: it stays dense, but gets 8 when no part is given any."
@@ -49,10 +49,11 @@ class UpcycleArguments:
     connector_top_k: int | None = option("Experts each image token is sent to in the connector; not given: 2.")
     vision_feature_layer: int | list[int] | None = option(  # noqa: RUF009 (it is a field)
         "Hidden state of the ViT that the connector reads (a recipe may list several); not given: -2, the last "
-        "layer's input."
+        "layer's input, or -1 where the ViT merges patches behind its last layer."
     )
     vision_feature_select_strategy: str | None = option(
-        "`default` leaves the class token out, `full` keeps it; not given: `default` where there is a class token."
+        "`default` leaves out the tokens before the patches (class token, registers), `full` keeps them; not given: "
+        "`default` where there are such."
     )
     expert_init: str = option("How experts are made of the dense MLP: copy.", "copy")
     router_init: str = option("How router weights are drawn: uniform.", "uniform")
@@ -60,7 +61,7 @@ class UpcycleArguments:
     dtype: str | None = option("float32, bfloat16 or float16; not given: the LLM's own.")
     text_revision: str | None = option("Branch, tag or commit of the LLM on the Hub.")
     vision_revision: str | None = option("Branch, tag or commit of the ViT on the Hub.")
-    vlm_revision: str | None = option("Branch, tag or commit of the dense vlmoe model on the Hub.")
+    vlm_revision: str | None = option("Branch, tag or commit of the dense vlmoe model or LLaVA on the Hub.")
     format: str = option(
         "`vlmoe`; or `native`: transformers' own classes, LLaVA around a sparse LM (as `vlmoe export`).", "vlmoe"
     )

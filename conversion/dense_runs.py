@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
+from modeling_vlmoe.configuration_vlmoe import feature_layers
+from modeling_vlmoe.image_inputs import find_form, read_features, tower_arguments
 
 from .dense_tensors import dense_model
 from .gaps import nudge
@@ -81,39 +83,33 @@ def dense_text(plan: UpcyclePlan, tokens: Tensor, dtype: torch.dtype | None) -> 
     return DenseRun({"text": root}, dtype, results)
 
 
-def feature_layers(config: VLMoEConfig) -> list[int]:
-    """The hidden states of the ViT that the connector reads."""
-    chosen = config.vision_feature_layer
-    return [chosen] if isinstance(chosen, int) else list(chosen)
-
-
 def image_results(
-    tower: nn.Module, connector: Any, pixels: Tensor, config: VLMoEConfig, layers: list[int]
+    tower: nn.Module, connector: Any, images: dict[str, Tensor], config: VLMoEConfig, layers: list[int]
 ) -> dict[str, Tensor]:
-    """What ViT and connector make of pixel values, by what it is.
+    """What ViT and connector make of images, by what it is.
 
     The model's own `get_image_features` would cast features to the dtype that the connector's weights are mapped in.
 
     Args:
         tower: The ViT.
         connector: The connector.
-        pixels: (1, channels, height, width).
+        images: What the image processor gave.
         config: Says what the connector reads.
         layers: The hidden states to give.
     """
-    outputs = tower(pixel_values=pixels, output_hidden_states=True)
+    form = find_form(type(tower))
+    outputs = tower(images["pixel_values"], **tower_arguments(form, images), output_hidden_states=True)
     found = {f"vision hidden state {layer}": outputs.hidden_states[layer] for layer in layers}
     found["vision last hidden state"] = outputs.last_hidden_state
     if outputs.get("pooler_output") is not None:
         found["vision pooled output"] = outputs.pooler_output
-    first = 1 if config.vision_feature_select_strategy == "default" else 0
-    read = [outputs.hidden_states[layer][:, first:] for layer in feature_layers(config)]
-    found["image features"] = connector.mlp(torch.cat(read, dim=-1))
+    features, _ = read_features(outputs, config, form, images)
+    found["image features"] = connector.mlp(features)
     return found
 
 
-def dense_images(plan: UpcyclePlan, pixels: Tensor, dtype: torch.dtype | None) -> DenseRun:
-    """ViT and connector on pixel values: what the ViT gives, and the image features."""
+def dense_images(plan: UpcyclePlan, images: dict[str, Tensor], dtype: torch.dtype | None) -> DenseRun:
+    """ViT and connector on images: what the ViT gives, and the image features."""
     role = parent_of(plan, "vision")
     reference = reference_model(plan, role, dtype)
     tower = reference if role == "vision" else reference.model.vision_tower
@@ -123,10 +119,11 @@ def dense_images(plan: UpcyclePlan, pixels: Tensor, dtype: torch.dtype | None) -
     layers = feature_layers(plan.config)
 
     def results(generator: torch.Generator | None) -> dict[str, Tensor]:
-        given = pixels if generator is None else nudge(pixels, generator)
-        found = image_results(tower, connector, given, plan.config, layers)
+        pixels = images["pixel_values"]
+        pixels = pixels if generator is None else nudge(pixels, generator)
+        found = image_results(tower, connector, images | {"pixel_values": pixels}, plan.config, layers)
         if is_llava:  # by its own code and configuration
-            found["image features"] = torch.stack(list(reference.model.get_image_features(given).pooler_output))
+            found["image features"] = torch.stack(list(reference.model.get_image_features(pixels).pooler_output))
         return found
 
     return DenseRun({"vision": tower, "connector": connector}, dtype, results)

@@ -1,7 +1,8 @@
 """Matching a parent's checkpoint to the host's own model class: every tensor has a place, or a reason to be dropped.
 
-Old names are renamed as the host's loading renames them, a base model's prefix is added or stripped, a ViT is found
-inside a whole CLIP or SigLIP. Anything else is an error: nothing is skipped quietly.
+Old names are renamed as the host's loading renames them, a base model's prefix is added or stripped, a tower is found
+inside a whole checkpoint (a ViT in a CLIP, an LLM in a Gemma-3). Anything else is an error: nothing is skipped
+quietly.
 """
 
 import re
@@ -12,14 +13,21 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
 from modeling_vlmoe import VLMoEForConditionalGeneration
 
-from .meta_models import build_on_meta, target_shapes, tied_names
+from .meta_models import build_on_meta, in_float32, target_shapes, tied_names
 from .parents import BROKEN, Parent
 
 # What the host leaves out too, in any family: buffers that it computes (transformers 5.23,
@@ -64,7 +72,7 @@ def build_parent(parent: Parent, build: Callable[..., PreTrainedModel], config: 
         ValueError: when there can be no such model.
     """
     try:
-        return build_on_meta(lambda: build(config, dtype=torch.float32))
+        return build_on_meta(lambda: build(in_float32(config)))
     except BROKEN as error:
         raise ValueError(
             f"{parent.folder / CONFIG_NAME} describes no model that can be built ({type(error).__name__}: {error}). "
@@ -85,7 +93,9 @@ def saved_model(parent: Parent) -> PreTrainedModel:
             model_class, PreTrainedModel
         ):
             return build_parent(parent, model_class._from_config, parent.config)
-    return build_parent(parent, AutoModel.from_config, parent.config)
+    takes_images = parent.config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    auto: Any = AutoModelForImageTextToText if takes_images else AutoModel
+    return build_parent(parent, auto.from_config, parent.config)
 
 
 class KeyRenamer:
@@ -115,11 +125,16 @@ class KeyRenamer:
         """
         renamed, pattern = self.match(key)
         if pattern is not None:
-            raise ValueError(
-                f"{key} is stored in an old format that transformers converts while it loads. Load the model and save "
-                "it with save_pretrained(..., save_original_format=False) first."
-            )
+            raise computed_while_loading(key)
         return renamed
+
+
+def computed_while_loading(key: str) -> ValueError:
+    """The refusal of a tensor that is not stored as the model has it."""
+    return ValueError(
+        f"{key} is stored in an old format that transformers converts while it loads. Load the model and save it with "
+        "save_pretrained(..., save_original_format=False) first."
+    )
 
 
 def find_dense_tensors(parent: Parent) -> DenseTensors:
@@ -128,9 +143,13 @@ def find_dense_tensors(parent: Parent) -> DenseTensors:
     Raises:
         ValueError: for a tensor nobody uses, one that is missing, and one of another shape.
     """
+    names: TowerNames | None = None
+    if parent.is_inside:
+        names = TowerNames(parent, saved_model(parent))
+        names.settle_tie()
     found = DenseTensors(parent, dense_model(parent))
     shapes, tied = target_shapes(found.model), tied_names(found.model)
-    rename = KeyRenamer(found.model)
+    rename: Callable[[str], str | None] = KeyRenamer(found.model) if names is None else names.of(found.model)
     unmatched: list[str] = []
     for key in parent.reader.names:
         name = rename(key)
@@ -148,21 +167,82 @@ def find_dense_tensors(parent: Parent) -> DenseTensors:
     return found
 
 
+class TowerNames:
+    """Names of a whole checkpoint to names of one of its towers: the host's rules give a key its name in the whole
+    model, and what the tower holds there has its own name behind the tower's path.
+
+    Args:
+        parent: The parent.
+        saved: The whole model, on the meta device.
+    """
+
+    def __init__(self, parent: Parent, saved: PreTrainedModel):
+        self.parent, self.saved = parent, saved
+        self._rename = KeyRenamer(saved)
+
+    def settle_tie(self) -> None:
+        """Says on the LLM's configuration whether its head is tied: the whole model's configuration says so, unless
+        its files hold a head of their own, as the host decides while it loads.
+        """
+        config, head = self.parent.tower_config, head_name(self.saved)
+        if self.parent.role != "text" or head is None:
+            return
+        target = tied_names(self.saved).get(head)
+        stored = {self._rename.match(key)[0]: key for key in self.parent.reader.names}
+        pair = [self.parent.reader.tensor(stored[name]) for name in (head, target) if name in stored]
+        config.tie_word_embeddings = target is not None and (len(pair) < 2 or torch.equal(*pair))
+
+    def of(self, model: PreTrainedModel) -> Callable[[str], str | None]:
+        """The names of a tower's own model, the causal LM or the ViT; None for a key that is not the tower's.
+
+        Raises:
+            ValueError: when the whole model has not exactly one such tower, or the host would compute a tensor.
+        """
+        is_text = self.parent.role == "text"
+        tower = model.base_model if is_text else model
+        paths = [path for path, module in self.saved.named_modules() if type(module) is type(tower)]
+        if len(paths) != 1:
+            raise ValueError(
+                f"{self.parent.given} is a {type(self.saved).__name__}, in which {len(paths)} towers are a "
+                f"{type(tower).__name__}; expected exactly one. Save the tower alone, and give that."
+            )
+        inside, own = f"{paths[0]}.", f"{model.base_model_prefix}." if is_text else ""
+        head = {head_name(self.saved): head_name(model)} if is_text else {}
+
+        def rename(key: str) -> str | None:
+            name, pattern = self._rename.match(key)
+            if name is None or not (name.startswith(inside) or name in head):
+                return None
+            if pattern is not None:
+                raise computed_while_loading(key)
+            return head[name] if name in head else own + name.removeprefix(inside)
+
+        return rename
+
+
+def head_name(model: PreTrainedModel) -> str | None:
+    """The name of the head's weight; None where there is no head."""
+    head = model.get_output_embeddings()
+    return next((f"{path}.weight" for path, module in model.named_modules() if module is head), None)
+
+
 def drop_unmatched(found: DenseTensors, keys: list[str]) -> None:
     """Finds the reason why each of these keys is used nowhere.
 
     Raises:
         ValueError: naming the keys that have none.
     """
-    ignored = [*COMPUTED, *(found.model._keys_to_ignore_on_load_unexpected or ())]
+    ignored = found.model._keys_to_ignore_on_load_unexpected or ()
     saved = saved_model(found.parent) if keys else None
     rename_saved = KeyRenamer(saved) if saved is not None else None
     unknown = []
     for key in keys:
-        if any(re.search(pattern, key) for pattern in ignored):
+        if any(re.search(pattern, key) for pattern in COMPUTED):
             found.dropped[key] = "computed by the model, not learnt"
-        elif rename_saved is not None and rename_saved(key) is not None:
+        elif rename_saved is not None and rename_saved.match(key)[0] is not None:
             found.dropped[key] = f"part of {type(saved).__name__}, not of {type(found.model).__name__}"
+        elif any(re.search(pattern, key) for pattern in ignored):
+            found.dropped[key] = f"left out by {type(found.model).__name__} too"
         else:
             unknown.append(key)
     if unknown:
@@ -174,7 +254,7 @@ def drop_unmatched(found: DenseTensors, keys: list[str]) -> None:
         )
 
 
-def check_tied(found: DenseTensors, tied: dict[str, str], rename: KeyRenamer) -> None:
+def check_tied(found: DenseTensors, tied: dict[str, str], rename: Callable[[str], str | None]) -> None:
     """A tied tensor that is stored nonetheless equals the one it is tied to, or is the only one stored."""
     for key in [key for key, reason in found.dropped.items() if reason.startswith("tied to ")]:
         target = tied[rename(key) or ""]

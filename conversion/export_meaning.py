@@ -13,7 +13,8 @@ from .gaps import ProofError
 from .llava_parents import vlmoe_fields
 from .native_targets import declared_fields, from_native, plain_head_dim, window_layers
 
-APART = {"text_config", "vision_config", *HOSTED_FIELDS}  # compared by their own fields; experts, by `moe_fields`
+# Compared by their own fields; and what `check_features` has compared where it matters.
+APART = {"text_config", "vision_config", "vision_num_prefix_tokens"}
 MOE_FIELDS = (
     "num_experts",
     "num_experts_per_tok",

@@ -16,6 +16,7 @@ from modeling_vlmoe.mlp_layouts import find_layout, is_biased
 from modeling_vlmoe.towers import HEAD_MATHS, find_dense_mlp
 
 from .dense_tensors import DenseTensors, find_dense_tensors
+from .llava_parents import NUM_LEFT_OUT
 from .mapping import EXPERTS, PART_PREFIX, Mapping
 from .meta_models import build_on_meta
 from .native_arguments import ExportArguments
@@ -23,7 +24,8 @@ from .native_mapping import DRAWING, LLAVA_NAMES, DenseForm, Names, NativeMappin
 from .native_processor import build_llava_processor, native_tokenizer
 from .native_targets import Pair, choose_pair, dense_layers, to_native
 from .parents import Parent
-from .planning import load_generation, load_part, measure_image
+from .planning import load_generation
+from .processors import load_part, measure_image
 
 IMAGE_PARTS = ("vision", "connector")
 
@@ -117,6 +119,27 @@ def check_head(config: Any) -> None:
         )
 
 
+def check_features(model: Any) -> None:
+    """LLaVA's "default" leaves out one token, and its own processor counts on images of one size.
+
+    Raises:
+        ValueError: saying what LLaVA would do otherwise.
+    """
+    config, form = model.config, model.model.image_form
+    if form.sizes is not None:
+        raise ValueError(
+            f"The {config.vision_config.model_type} takes {form.name}, of which LLaVA's processor does not count the "
+            "tokens. Choose --to text, the LM alone."
+        )
+    left_out = config.vision_num_prefix_tokens
+    if config.vision_feature_select_strategy == "default" and left_out != NUM_LEFT_OUT:
+        raise ValueError(
+            f"The connector leaves out {left_out} tokens before the patches (vision_num_prefix_tokens), but LLaVA's "
+            f'"default" leaves out {NUM_LEFT_OUT}: it would read the others as patches. Choose --to text, the LM '
+            "alone, or tune a model with --vision-feature-select-strategy full."
+        )
+
+
 def dense_twin(config: Any) -> Any:
     """The model with dense MLPs in ViT and connector, on the meta device."""
     dense_config = copy.deepcopy(config)
@@ -196,11 +219,12 @@ def plan_export(args: ExportArguments, source: Parent) -> ExportPlan:
     config = model.config
     processor = load_part(VLMoEProcessor, source, "processor")
     twin = dense_twin(config)
-    pixel_shape, _ = measure_image(processor.image_processor, twin, source)
+    pixel_shape = measure_image(processor.image_processor, twin, source).pixel_shape
     pair, text = native_text_config(config)
     forms: dict[str, DenseForm] = {}
     if args.to == "llava":
         check_head(config)
+        check_features(model)
         forms = dense_forms(tensors, config, twin)
         native: PreTrainedConfig = llava_config(config, text, processor)
         native.architectures = ["LlavaForConditionalGeneration"]

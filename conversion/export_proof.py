@@ -27,7 +27,7 @@ from modeling_vlmoe.sparse_moe import Experts
 from modeling_vlmoe.towers import tower_layers
 
 from .block_probes import BlockProbe
-from .dense_runs import feature_layers, image_results
+from .dense_runs import image_results
 from .dense_tensors import dense_model
 from .export_meaning import check_meaning
 from .export_plan import ExportPlan
@@ -68,8 +68,8 @@ def noise_pixels(plan: ExportPlan) -> Tensor:
 
 def vlmoe_features(plan: ExportPlan, model: Any, pixels: Tensor) -> Tensor:
     """The checkpoint's image features, (1, tokens, text width)."""
-    body, layers = model.model, feature_layers(plan.config)
-    return image_results(body.vision_tower, body.connector, pixels, plan.config, layers)[FEATURES]
+    body, images = model.model, {"pixel_values": pixels}
+    return image_results(body.vision_tower, body.connector, images, plan.config, layers=[])[FEATURES]
 
 
 def native_features(model: Any, pixels: Tensor) -> Tensor:

@@ -29,7 +29,11 @@ class ProofError(ValueError):
 
 
 def measure_gap(dense: Tensor, sparse: Tensor) -> float:
-    """The largest difference, in standard deviations of the dense result; infinite for what is no number."""
+    """The largest difference, in standard deviations of the dense result; infinite for what is no number, and for
+    results of unlike shapes.
+    """
+    if dense.shape != sparse.shape:
+        return float("inf")
     difference = (dense - sparse).abs().max().item()
     spread = dense.std().item()
     gap = difference / spread if spread > 0 else (0.0 if difference == 0 else float("inf"))

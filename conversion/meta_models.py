@@ -4,15 +4,18 @@ A mapped model holds no weights of its own: what a Linear, an embedding or a sta
 (`mapped_maths` knows how to compute with it), only small tensors (norms, biases, convolutions) are cast into memory.
 """
 
+import copy
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from modeling_vlmoe.sparse_moe import Experts
+
+FEWEST_MAPPED = 2**22  # numbers of an embedding
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -21,6 +24,17 @@ def build_on_meta(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     """Builds a model of float32 parameters that take no memory."""
     with torch.device("meta"), init.meta_device_safe_creation_ops(), init.no_init_weights():
         return build().eval()
+
+
+def in_float32(config: PreTrainedConfig) -> Any:
+    """A configuration whose towers are built in float32 too: they have buffers in the dtype that it names (Gemma-3's
+    scale of embeddings), which are computed, and not read.
+    """
+    config = copy.deepcopy(config)
+    for one in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if one is not None:
+            one.dtype = torch.float32
+    return config
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
@@ -35,9 +49,13 @@ def target_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 
 def is_mapped(module: nn.Module, name: str, parameter: Tensor) -> bool:
-    """Whether a parameter may stay in its file, because it is only read through a matrix product or by rows."""
-    is_linear = type(module) is nn.Linear or isinstance(module, nn.Embedding)
-    return (is_linear and name == "weight") or (isinstance(module, Experts) and parameter.ndim == 3)
+    """Whether a parameter may stay in its file, because it is only read through a matrix product or by rows.
+
+    A small embedding goes into memory: ViTs interpolate theirs of positions past the module (SigLIP2).
+    """
+    if isinstance(module, nn.Embedding):
+        return parameter.numel() >= FEWEST_MAPPED
+    return (type(module) is nn.Linear and name == "weight") or (isinstance(module, Experts) and parameter.ndim == 3)
 
 
 def computed_buffers(model: PreTrainedModel) -> None:
@@ -55,6 +73,18 @@ def computed_buffers(model: PreTrainedModel) -> None:
             owners[path]._init_weights(module)
 
 
+def patch_embeddings(model: nn.Module) -> set[nn.Module]:
+    """The Linears that a ViT embeds patches by: it casts pixels to their dtype (SigLIP2), so they are not mapped."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            try:
+                found.add(module.get_input_embeddings())
+            except NotImplementedError:
+                continue  # a ViT that does not say so
+    return {module for module in found if type(module) is nn.Linear}
+
+
 @torch.no_grad()
 def fill_mapped(model: Model, tensor: Callable[[str], Tensor], dtype: torch.dtype | None = None) -> Model:
     """Gives a meta model its weights.
@@ -64,7 +94,7 @@ def fill_mapped(model: Model, tensor: Callable[[str], Tensor], dtype: torch.dtyp
         tensor: Gives the stored tensor of a name.
         dtype: Round small tensors to this dtype first; `mapped_maths(dtype)` does so with the mapped ones.
     """
-    tied = {}
+    tied, in_memory = {}, patch_embeddings(model)
     if isinstance(model, PreTrainedModel):
         tied = tied_names(model)
         computed_buffers(model)
@@ -73,7 +103,8 @@ def fill_mapped(model: Model, tensor: Callable[[str], Tensor], dtype: torch.dtyp
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
                 stored = tensor(tied.get(prefix + name, prefix + name))
-                value = stored if is_mapped(module, name, stored) else stored.to(dtype).to(torch.float32)
+                stays = is_mapped(module, name, stored) and module not in in_memory
+                value = stored if stays else stored.to(dtype).to(torch.float32)
                 module._parameters[name] = nn.Parameter(value, requires_grad=False)
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and name not in module._non_persistent_buffers_set:

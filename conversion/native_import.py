@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, LlavaConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor, register
+from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, register
 from modeling_vlmoe.mlp_layouts import LAYOUTS
-from modeling_vlmoe.towers import HEAD_MATHS
 
 from .connector_init import DrawnConnector
 from .dense_tensors import DenseTensors, find_dense_tensors
-from .llava_parents import vlmoe_fields
+from .llava_parents import check_llava_head, is_llava, vlmoe_fields
 from .mapping import (
     EXPERTS,
     PART_PREFIX,
@@ -38,19 +37,16 @@ from .parents import Parent, check_vision, commit_of, find_folder, read_config
 from .planning import (
     UpcyclePlan,
     build_config,
-    build_processor,
     choose_dtype,
     load_generation,
-    load_part,
-    measure_image,
     name_in_vlm,
 )
+from .processors import build_processor
 from .proved_writing import write_proved
 from .streaming import CheckpointReader, TensorSpec
 from .summaries import summarise
 
 ROLES = ("text", "vision", "vlm")
-PROJECTOR = "model.multi_modal_projector."
 SHARED = ".mlp.shared_expert"
 
 
@@ -141,16 +137,12 @@ def check_sparse_text(given: str, config: PreTrainedConfig) -> None:
 
 def check_llava(given: str, config: Any) -> None:
     """A vlm parent is a LLaVA, with a bare head."""
-    if config.model_type != LlavaConfig.model_type:
+    if not is_llava(config):
         raise ValueError(
             f"--vlm-model {given} is a {config.model_type} model; expected a llava one. Separate parents are given as "
             "--text-model and --vision-model; a dense vlmoe model is made sparse by `vlmoe upcycle`."
         )
-    if named := [name for name in HEAD_MATHS if getattr(config.text_config, name, None)]:
-        raise ValueError(
-            f"--vlm-model {given}: its LLM's configuration names maths of the head ({', '.join(named)}) that LLaVA "
-            "leaves out and a vlmoe model would compute. Remove these fields from its config.json."
-        )
+    check_llava_head(given, config)
 
 
 CHECKS = {"text": check_sparse_text, "vision": check_vision, "vlm": check_llava}
@@ -184,34 +176,12 @@ def idle_shared_experts(tensors: NativeTensors) -> bool:
     return bool(downs) and not any(tensors.tensor(name).any() for name in downs)
 
 
-def import_processor(parent: Parent, config: VLMoEConfig, model: Any) -> tuple[VLMoEProcessor, tuple[int, ...]]:
-    """A LLaVA's processor as a vlmoe one, and the shape of one image's pixel values.
-
-    Raises:
-        ValueError: when processor and model do not belong together.
-    """
-    native = load_part(AutoProcessor, parent, "processor")
-    shape, num_features = measure_image(native.image_processor, model, parent)
-    if native.image_token_id != config.image_token_id:
-        raise ValueError(
-            f"config.json of {parent.given} has image_token_index {config.image_token_id}, but its processor's "
-            f"{native.image_token} is {native.image_token_id}. Correct config.json."
-        )
-    template = native.chat_template or native.tokenizer.chat_template
-    ours = VLMoEProcessor.from_parents(
-        native.image_processor, native.tokenizer, num_features, chat_template=template, image_token=native.image_token
-    )
-    return ours, shape
-
-
 def imported_names(dense: dict[str, DenseTensors]) -> dict[str, tuple[DenseTensors, str]]:
     """All parents' tensors by their names in the vlmoe model."""
     named = {}
     for role, tensors in dense.items():
         for name in tensors.names:
             ours = name_in_vlm(role, name, tensors.model)
-            if ours.startswith(PROJECTOR):
-                ours = f"{PART_PREFIX['connector']}mlp.{ours.removeprefix(PROJECTOR)}"
             named[ours.replace(".mlp.gate.weight", ".mlp.router.weight")] = (tensors, name)
     return named
 
@@ -299,10 +269,7 @@ def plan_import(args: ImportArguments) -> ImportPlan:
         parents_config.text_moe.shared_expert_intermediate_size = None
         parents_config.text_moe.num_shared_experts = 0
     meta = build_on_meta(lambda: VLMoEForConditionalGeneration(copy.deepcopy(parents_config)))
-    if "vlm" in parents:
-        processor, pixel_shape = import_processor(parents["vlm"], parents_config, meta)
-    else:
-        processor, pixel_shape = build_processor(parents, meta)
+    processor, pixel_shape = build_processor(parents, meta)
     config: Any = build_config(parents_config, {}, processor)
     generation = load_generation(lm.parent, config)
     model: Any = build_on_meta(lambda: VLMoEForConditionalGeneration(config))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from .dense_tensors import DenseTensors, KeyRenamer, build_parent, check_complete, check_tied, drop_unmatched
-from .meta_models import build_on_meta, fill_mapped, target_shapes, tied_names
+from .meta_models import fill_mapped, target_shapes, tied_names
 from .parents import Parent
 
 AUTO_CLASSES: dict[str, Any] = {"text": AutoModelForCausalLM, "vlm": AutoModelForImageTextToText}
@@ -159,7 +159,7 @@ def order_places(parent: Parent, name: str, places: dict[tuple[int, int], str]) 
 
 def fill_native(tensors: NativeTensors, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The native model, mapped from its files, experts run by the plain loop (see `meta_models.fill_mapped`)."""
-    model = build_on_meta(lambda: AUTO_CLASSES[tensors.parent.role].from_config(tensors.parent.config))
+    model = native_model(tensors.parent)
     for path, module in model.named_modules():
         if is_experts(module):
             module.config._experts_implementation_internal = "eager"

@@ -12,11 +12,13 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
 from modeling_vlmoe.configuration_vlmoe import PARTS, VLMoEConfig, sparse_fields
 
 from .arguments import UpcycleArguments
+from .llava_parents import check_dense_llava, is_llava
 from .streaming import CheckpointReader, read_json
 
 WANTED_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -34,7 +36,7 @@ class Parent:
         given: What the user called it.
         folder: Where its files are.
         revision: Its commit, when it comes from the Hub.
-        config: Its own configuration; for a ViT inside a whole CLIP or SigLIP, that of the whole.
+        config: Its own configuration; for a tower inside a whole CLIP, LLaVA or Gemma-3, that of the whole.
         reader: Its tensors.
     """
 
@@ -48,7 +50,14 @@ class Parent:
     @property
     def tower_config(self) -> PreTrainedConfig:
         """The configuration of the tower itself."""
-        return getattr(self.config, "vision_config", None) or self.config if self.role == "vision" else self.config
+        if self.role == "vision":
+            return getattr(self.config, "vision_config", None) or self.config
+        return self.config.get_text_config() if self.role == "text" else self.config
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the tower is a part of what was saved."""
+        return self.tower_config is not self.config
 
 
 def find_folder(given: str, role: str, revision: str | None = None, flag: str | None = None) -> Path:
@@ -136,19 +145,25 @@ def open_parent(given: str, role: str, revision: str | None = None) -> Parent:
 
 
 def check_text(given: str, config: PreTrainedConfig) -> None:
-    """A text parent is a dense causal LM."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
+    """A text parent is a dense causal LM, or has one inside."""
     if config.model_type == VLMoEConfig.model_type:
         raise ValueError(f"--text-model {given} is a vlmoe model; give a dense one as --vlm-model.")
-    if declared := sparse_fields(config):
+    text = config.get_text_config()
+    where = f"its {text.model_type} configuration" if text is config else f"its LLM's {text.model_type} configuration"
+    if declared := sparse_fields(text):
         raise ValueError(
-            f"--text-model {given} is already sparse: its {config.model_type} configuration has "
-            f"{', '.join(declared)}. "
+            f"--text-model {given} is already sparse: {where} has {', '.join(declared)}. "
             "Only dense LLMs are upcycled: give one, or keep its own experts: `vlmoe import --text-model ...`."
         )
-    if config.get_text_config() is not config or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return
+    if text is config:
         raise ValueError(f"--text-model {given} is a {config.model_type} model, which is not a causal LLM. Give one.")
+    raise ValueError(
+        f"--text-model {given} is a {config.model_type} model; transformers has no causal LM of its own for the "
+        f"{text.model_type} inside (its LLM may need what only the whole model knows, such as positions of images). "
+        "Expected a causal LLM, or a multimodal model around one, such as Gemma-3, Mistral-3, Qwen3.5 or LLaVA."
+    )
 
 
 def check_vision(given: str, config: PreTrainedConfig) -> None:
@@ -157,17 +172,24 @@ def check_vision(given: str, config: PreTrainedConfig) -> None:
     if not hasattr(vision, "patch_size") or not hasattr(vision, "num_hidden_layers"):
         raise ValueError(
             f"--vision-model {given} is a {config.model_type} model, which is not a ViT. "
-            "Give one, or a CLIP or SigLIP around it."
+            "Give one, or a CLIP, SigLIP or vision-language model around it."
+        )
+    if vision.model_type not in MODEL_MAPPING_NAMES:
+        raise ValueError(
+            f"--vision-model {given} has a {vision.model_type} inside, for which transformers has no class of its "
+            "own. Give another ViT, or a model around one, such as CLIP, SigLIP, LLaVA or Qwen2.5-VL."
         )
 
 
 def check_vlm(given: str, config: PreTrainedConfig) -> None:
-    """A vlmoe parent is dense in every part."""
+    """A vision-language parent is a vlmoe model or a LLaVA, dense in every part."""
+    if is_llava(config):
+        check_dense_llava(given, config)
+        return
     if config.model_type != VLMoEConfig.model_type:
         raise ValueError(
-            f"--vlm-model {given} is a {config.model_type} model; expected a dense vlmoe one. "
-            "Separate parents are given as --text-model and --vision-model; a LLaVA around a sparse LLM is taken by "
-            "`vlmoe import`."
+            f"--vlm-model {given} is a {config.model_type} model; expected a dense vlmoe or llava one. The towers of "
+            "others are taken by --text-model and --vision-model, with a new connector."
         )
     for part in PARTS:
         if (moe := config.moe(part)) is not None:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
@@ -17,24 +16,17 @@ from .connector_init import DrawnConnector
 from .dense_tensors import DenseTensors, find_dense_tensors
 from .expert_init import EXPERT_INITS
 from .gaps import DENSE_CLAIM
+from .llava_parents import is_llava, name_in_vlmoe, vlmoe_fields
 from .mapping import PART_PREFIX, DenseTensor, Drawing, Mapping, SparseMLP, map_tensors, sparse_mlps
 from .meta_models import build_on_meta, target_shapes
+from .native_tensors import find_native_tensors
 from .parents import BROKEN, Parent, open_parents
+from .processors import build_processor
 from .router_init import ROUTER_INITS
 from .streaming import read_json
 
 DEFAULT_TEXT_EXPERTS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHOWN_IMAGE = (64, 48)  # any picture will do to learn what the image processor makes of one
-# Any one of these sets is a tokenizer's vocabulary; without one the host builds an empty tokenizer.
-VOCABULARIES = (
-    {"tokenizer.json"},
-    {"tokenizer.model"},
-    {"vocab.json", "merges.txt"},
-    {"vocab.txt"},
-    {"spiece.model"},
-    {"sentencepiece.bpe.model"},
-)
 
 
 @dataclass
@@ -50,7 +42,7 @@ class UpcyclePlan:
         config: The sparse model's.
         processor: The sparse model's.
         generation: The sparse model's: the LLM's own.
-        pixel_shape: Shape of one image's `pixel_values`, (1, channels, height, width).
+        pixel_shape: Shape of one image's `pixel_values`, (1, channels, height, width); see `processors.Measured`.
         mlps: The MLPs that become sparse, by path.
         mapping: What fills every target.
         drawing: Inits and seed.
@@ -133,12 +125,15 @@ def build_dense_config(args: UpcycleArguments, parents: dict[str, Parent]) -> VL
     """The configuration of the dense vision-language model that is upcycled.
 
     Raises:
-        ValueError: when a dense vlmoe parent is asked to read another feature layer than it was trained on.
+        ValueError: when a dense VLM is asked to read another feature layer than it was trained on.
     """
     choices = {name: getattr(args, name) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
     given = {name: value for name, value in choices.items() if value is not None}
     if "vlm" in parents:
-        config: Any = copy.deepcopy(parents["vlm"].config)
+        parent: Any = parents["vlm"].config
+        config: Any = (
+            VLMoEConfig(**vlmoe_fields(parent, parent.text_config)) if is_llava(parent) else copy.deepcopy(parent)
+        )
         for name, value in given.items():
             if value != getattr(config, name):
                 raise ValueError(
@@ -152,22 +147,6 @@ def build_dense_config(args: UpcycleArguments, parents: dict[str, Parent]) -> VL
         vision_config=parents["vision"].tower_config.to_dict(),
         **given,
     )
-
-
-def load_part(auto_class: Any, parent: Parent, what: str) -> Any:
-    """Loads an image processor, a tokenizer or a processor from a parent's folder; the parent's own code is not run.
-
-    Raises:
-        ValueError: when it has none.
-    """
-    files = {file.name for file in parent.folder.iterdir()}
-    if auto_class is not AutoImageProcessor and not any(vocabulary <= files for vocabulary in VOCABULARIES):
-        known = ", ".join(" + ".join(sorted(vocabulary)) for vocabulary in VOCABULARIES)
-        raise ValueError(f"{parent.given} has no tokenizer: expected a vocabulary file, one of {known}.")
-    try:
-        return auto_class.from_pretrained(parent.folder, trust_remote_code=False)
-    except BROKEN as error:
-        raise ValueError(f"{parent.given} has no {what} that can be loaded. Add or mend it: {error}") from error
 
 
 def load_generation(parent: Parent, config: VLMoEConfig) -> GenerationConfig:
@@ -186,62 +165,6 @@ def load_generation(parent: Parent, config: VLMoEConfig) -> GenerationConfig:
     except BROKEN as error:
         raise ValueError(f"{file} cannot be used: {error}. Mend it, or remove it for the defaults.") from error
     return generation
-
-
-def measure_image(image_processor: Any, dense: PreTrainedModel, parent: Parent) -> tuple[tuple[int, ...], int]:
-    """What one picture becomes: the shape of its pixel values, and how many features the ViT makes of them.
-
-    Raises:
-        ValueError: when the image processor and the ViT do not belong together.
-    """
-    try:
-        picture = Image.new("RGB", SHOWN_IMAGE)
-        shape = tuple(image_processor(picture, return_tensors="pt")["pixel_values"].shape)
-    except BROKEN as error:
-        raise ValueError(
-            f"The image processor of {parent.given} cannot read a picture. Mend its configuration: {error}"
-        ) from error
-    if len(shape) != 4 or shape[0] != 1:
-        raise ValueError(
-            f"The image processor of {parent.given} makes {shape} of one picture; expected (1, channels, height, "
-            "width)."
-        )
-    try:
-        features = dense.model.get_image_features(torch.empty(shape, device="meta")).pooler_output[0]
-    except BROKEN as error:
-        raise ValueError(
-            f"The image processor of {parent.given} makes pixel values {shape} of a picture, but the ViT was built "
-            f"for images of {getattr(dense.config.vision_config, 'image_size', 'another size')} pixels a side: "
-            f"{error}. Set size, crop_size, do_resize in its preprocessor_config.json or processor_config.json."
-        ) from error
-    return shape, features.shape[0]
-
-
-def build_processor(parents: dict[str, Parent], dense: PreTrainedModel) -> tuple[VLMoEProcessor, tuple[int, ...]]:
-    """The processor, and the shape of one image's pixel values; how many tokens an image takes is measured.
-
-    Raises:
-        ValueError: when a dense vlmoe parent's processor does not say what is measured.
-    """
-    if "vlm" not in parents:
-        image_processor = load_part(AutoImageProcessor, parents["vision"], "image processor")
-        tokenizer = load_part(AutoTokenizer, parents["text"], "tokenizer")
-        shape, num_features = measure_image(image_processor, dense, parents["vision"])
-        return VLMoEProcessor.from_parents(image_processor, tokenizer, num_image_tokens=num_features), shape
-    parent = parents["vlm"]
-    processor = load_part(VLMoEProcessor, parent, "processor")
-    shape, num_features = measure_image(processor.image_processor, dense, parent)
-    if processor.num_image_tokens != num_features:
-        raise ValueError(
-            f"The processor of {parent.given} has num_image_tokens {processor.num_image_tokens}, but its ViT makes "
-            f"{num_features} features of an image. Correct its processor_config.json."
-        )
-    if dense.config.image_token_id not in (None, processor.image_token_id):
-        raise ValueError(
-            f"config.json of {parent.given} has image_token_id {dense.config.image_token_id}, but its tokenizer's "
-            f"{processor.image_token} is {processor.image_token_id}. Correct config.json."
-        )
-    return processor, shape
 
 
 def build_config(dense_config: VLMoEConfig, asked: dict[str, dict], processor: VLMoEProcessor) -> VLMoEConfig:
@@ -288,7 +211,7 @@ def name_dense_tensors(
 def name_in_vlm(role: str, name: str, model: PreTrainedModel) -> str:
     """A parent's tensor's name in the vision-language model."""
     if role == "vlm":
-        return name
+        return name_in_vlmoe(name) if is_llava(model.config) else name
     if role == "vision":
         return PART_PREFIX["vision"] + name
     base = f"{model.base_model_prefix}."
@@ -303,7 +226,10 @@ def plan_upcycle(args: UpcycleArguments) -> UpcyclePlan:
     """
     drawing, asked = choose_drawing(args), asked_experts(args)
     parents = open_parents(args)
-    dense = {role: find_dense_tensors(parent) for role, parent in parents.items()}
+    dense = {
+        role: find_native_tensors(parent) if is_llava(parent.config) and role == "vlm" else find_dense_tensors(parent)
+        for role, parent in parents.items()
+    }
     dense_config = build_dense_config(args, parents)
     dense_vlm = build_on_meta(lambda: VLMoEForConditionalGeneration(dense_config))
     processor, pixel_shape = build_processor(parents, dense_vlm)

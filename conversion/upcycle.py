@@ -14,7 +14,7 @@ from modeling_vlmoe import VLMoEForConditionalGeneration, register
 
 from .arguments import NATIVE, UpcycleArguments
 from .export import open_checkpoint, write_export
-from .export_plan import check_head, native_text_config
+from .export_plan import check_features, check_head, native_text_config
 from .meta_models import build_on_meta
 from .native_arguments import ExportArguments
 from .output_folder import check_output_folder, check_parents_survive
@@ -59,8 +59,9 @@ def check_native(plan: UpcyclePlan) -> PreTrainedConfig:
     Raises:
         ValueError: as `export`.
     """
-    build_on_meta(lambda: VLMoEForConditionalGeneration(plan.config))  # resolves what is left open
+    model = build_on_meta(lambda: VLMoEForConditionalGeneration(plan.config))  # resolves what is left open
     check_head(plan.config)
+    check_features(model)
     return native_text_config(plan.config)[1]
 
 

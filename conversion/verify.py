@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from modeling_vlmoe.configuration_vlmoe import feature_layers
+
 from .block_probes import BlockProbe
 from .casts import find_casts
-from .dense_runs import DenseRun, dense_images, dense_text, feature_layers, image_results, parent_of
+from .dense_runs import DenseRun, dense_images, dense_text, image_results, parent_of
 from .gaps import LIMIT, Findings, ProofError, measure_gap
 from .mapped_maths import mapped_maths
 from .mapping import PART_PREFIX
@@ -32,7 +34,7 @@ from .planning import UpcyclePlan
 from .probes import GIVEN, Probe, all_of, hooked
 from .seeding import tensor_generator
 from .streaming import CheckpointReader
-from .written_checkpoint import check_weights, expert_pages, open_model, process_picture
+from .written_checkpoint import check_weights, expert_pages, open_model, process_pictures
 
 NUM_TOKENS = 16
 NUM_SEEN = 8  # image features that the LLM reads: its cost is not to grow with the picture's tokens
@@ -113,16 +115,16 @@ class Proof:
         first = next((path for path, gap in given if gap > LIMIT), None)
         return "" if first is None else f" (first astray: what {first} is given)"
 
-    def prove_images(self, pixels: Tensor) -> Tensor:
-        """What ViT and connector make of a picture; gives its sparse features, (1, tokens, text width)."""
+    def prove_images(self, images: dict[str, Tensor]) -> Tensor:
+        """What ViT and connector make of pictures; gives their sparse features, (1, tokens, text width)."""
         body, layers = self.sparse.model, feature_layers(self.plan.config)
         got: dict[str, Tensor] = {}
 
         def results() -> dict[str, Tensor]:
-            got.update(image_results(body.vision_tower, body.connector, pixels, self.sparse.config, layers))
+            got.update(image_results(body.vision_tower, body.connector, images, self.sparse.config, layers))
             return got
 
-        self.compare("vision", lambda dtype: dense_images(self.plan, pixels, dtype), results)
+        self.compare("vision", lambda dtype: dense_images(self.plan, images, dtype), results)
         return got["image features"]
 
     def check_placeholders(self, picture_ids: Tensor, num_features: int) -> None:
@@ -194,8 +196,8 @@ def prove(plan: UpcyclePlan, folder: Path, reads_all: bool = True) -> Findings:
     with one_thread():
         proof = Proof(plan, folder, reads_all)
         try:
-            picture_ids, pixels = process_picture(plan, folder)
-            features = proof.prove_images(pixels)
+            picture_ids, images = process_pictures(plan, folder)
+            features = proof.prove_images(images)
             proof.check_placeholders(picture_ids, features.shape[1])
             proof.prove_text(picture_ids, features)
         finally:

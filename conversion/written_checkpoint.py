@@ -16,13 +16,15 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
 from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
+from modeling_vlmoe.image_inputs import IMAGE_KEYS
 from modeling_vlmoe.sparse_moe import Experts
 
 from .gaps import ProofError
 from .mapping import Drawing, Mapping
-from .meta_models import build_on_meta, fill_mapped, target_shapes
+from .meta_models import build_on_meta, fill_mapped, in_float32, target_shapes
 from .page_flow import PageFlow
 from .planning import UpcyclePlan
+from .processors import SHOWN_SIZES
 from .seeding import tensor_generator
 from .streaming import CheckpointReader, TensorSpec
 
@@ -124,7 +126,7 @@ def open_model(plan: UpcyclePlan, folder: Path, reader: CheckpointReader, repeat
         ProofError: when it has other tensors than were written.
     """
     config = load_written(VLMoEConfig, folder, CONFIG_NAME)
-    model = build_on_meta(lambda: VLMoEForConditionalGeneration(config))
+    model = build_on_meta(lambda: VLMoEForConditionalGeneration(in_float32(config)))
     wanted = {spec.name: spec.shape for spec in plan.mapping.specs}
     check_listed("The model of the configuration that was written", target_shapes(model), wanted)
     for module in model.modules():
@@ -148,19 +150,26 @@ def expert_pages(plan: UpcyclePlan, reader: CheckpointReader, model: PreTrainedM
     return pages
 
 
-def process_picture(plan: UpcyclePlan, folder: Path) -> tuple[Tensor, Tensor]:
-    """What the written processor makes of a picture of noise: token ids, (1, sequence), and pixel values.
+def process_pictures(plan: UpcyclePlan, folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the written processor makes of a picture of noise: token ids, (1, sequence), and what the ViT takes. Where
+    each picture has its own size, of several.
 
     Raises:
         ProofError: when it cannot be loaded, or gives pixel values of another shape than the parent's.
     """
     processor = load_written(VLMoEProcessor, folder, PROCESSOR_NAME)
     generator = tensor_generator(plan.drawing.seed, "proof picture")
-    noise = torch.randint(256, (*plan.pixel_shape[-2:], 3), dtype=torch.uint8, generator=generator)
-    inputs = processor(images=Image.fromarray(noise.numpy()), text=processor.image_token, return_tensors="pt")
-    pixels = inputs["pixel_values"]
-    if tuple(pixels.shape) != tuple(plan.pixel_shape):
-        raise ProofError(
-            f"The processor that was written makes {tuple(pixels.shape)} of a picture, its parent {plan.pixel_shape}."
-        )
-    return inputs["input_ids"], pixels
+    sizes = [(height, width) for width, height in SHOWN_SIZES]
+    if plan.processor.image_sizes_name is None:
+        sizes = [(plan.pixel_shape[-2], plan.pixel_shape[-1])]
+    noise = [torch.randint(256, (*size, 3), dtype=torch.uint8, generator=generator) for size in sizes]
+    pictures = [Image.fromarray(one.numpy()) for one in noise]
+    text = "\n".join([processor.image_token] * len(pictures))
+    try:
+        inputs = processor(images=pictures, text=text, return_tensors="pt")
+    except (LookupError, TypeError, ValueError) as error:
+        raise ProofError(f"The processor that was written cannot read a picture: {error}") from error
+    found = tuple(inputs["pixel_values"].shape)
+    if found != tuple(plan.pixel_shape):
+        raise ProofError(f"The processor that was written makes {found} of a picture, its parent {plan.pixel_shape}.")
+    return inputs["input_ids"], {key: inputs[key] for key in ("pixel_values", *IMAGE_KEYS) if key in inputs}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -125,11 +126,12 @@ class ChatCollator:
 
 
 def count_tokens(row: Mapping[str, Any], processor: Any) -> int:
-    """A row's tokens, image tokens counted, without opening an image."""
+    """A row's tokens, image tokens counted; images are opened only where each has a number of tokens of its own."""
     text = processor.apply_chat_template(row["messages"], tokenize=False)
     has_bos = processor.tokenizer.bos_token is not None and text.startswith(processor.tokenizer.bos_token)
     length = len(processor.tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
-    return length + len(row["images"] or []) * (processor.num_image_tokens - 1)
+    images = [partial(open_image, image, where_is(row)) for image in row["images"] or []]
+    return length + processor.count_image_tokens(images) - len(images)
 
 
 def check_rows(
@@ -159,7 +161,7 @@ def check_rows(
         check_text(row, processor.image_token)
         if max_length is not None and (length := count_tokens(row, processor)) > max_length:
             raise ValueError(
-                f"{where_is(row)} is {length} tokens long ({num_images} images of {processor.num_image_tokens}), "
+                f"{where_is(row)} is {length} tokens long ({num_images} images), "
                 f"beyond max_length {max_length}. Images are never cut: shorten the text, leave the row out, or raise "
                 "max_length."
             )

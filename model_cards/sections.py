@@ -171,7 +171,7 @@ def describe_upcycling(facts: CardFacts) -> str:
     lines += [
         f"- expert init `{settings['expert_init']}`, router init `{settings['router_init']}`, "
         f"seed {receipt.get('seed', 'not known')}",
-        f"- dtype {settings['dtype']}, {settings['num_image_tokens']} tokens per image",
+        f"- dtype {settings['dtype']}, tokens per image: {settings.get('num_image_tokens') or 'as its size asks for'}",
     ]
     if {"largest_gap", "largest_gap_limit"} <= set(proof):
         lines.append(

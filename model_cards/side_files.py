@@ -32,7 +32,7 @@ PARENT["parents?"] = Named(PARENT)
 MOE: dict[str, Any] = {"num_experts": int, "num_experts_per_tok": int, "layers?": [int]}
 CAST: dict[str, Any] = {"parent": str, "source": str, "target": str, "is_exact": bool}
 CONVERSION: dict[str, Any] = {"text_moe?": MOE, "vision_moe?": MOE, "connector_moe?": MOE, "casts?": [CAST]}
-CONVERSION |= {"expert_init": str, "router_init": str, "dtype": str, "num_image_tokens": int}
+CONVERSION |= {"expert_init": str, "router_init": str, "dtype": str, "num_image_tokens?": int}
 RECEIPT: dict[str, Any] = {
     "parents?": Named(PARENT),
     "settings?": CONVERSION,

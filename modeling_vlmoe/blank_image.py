@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from .image_inputs import blank_image
 from .towers import tower_layers
 
 
@@ -42,13 +43,6 @@ def encode_nothing(model: Any) -> Tensor:
     Raises:
         ValueError: if the ViT's configuration does not say how large an image is.
     """
-    config = model.config.vision_config
-    if (size := getattr(config, "image_size", None)) is None:
-        raise ValueError(
-            f"A batch has no images, and the weights of the {config.model_type} tower are sharded, but its "
-            "configuration has no image_size: give every batch an image."
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (1, getattr(config, "num_channels", 3), height, width)
-    pixels = torch.zeros(shape, dtype=model.vision_tower.dtype, device=model.device)
-    return 0.0 * torch.cat(model.get_image_features(pixels, return_dict=True).pooler_output).sum()
+    image = blank_image(model.image_form, model.config.vision_config)
+    image = {name: tensor.to(model.device) for name, tensor in image.items()}
+    return 0.0 * torch.cat(list(model.get_image_features(**image, return_dict=True).pooler_output)).sum()

@@ -132,15 +132,35 @@ def sparse_fields(config: PreTrainedConfig) -> list[str]:
     return [name for name in SPARSE_FIELDS if hasattr(type(config), name) or name in type(config).attribute_map]
 
 
+def merges_patches(vision_config: PreTrainedConfig) -> bool:
+    """Whether the ViT joins neighbouring patches behind its last layer, as Qwen's do: that is what is read then."""
+    return hasattr(vision_config, "spatial_merge_size") and hasattr(vision_config, "out_hidden_size")
+
+
+def feature_width(vision_config: Any) -> int:
+    """The width of what the connector reads of one hidden state."""
+    return vision_config.out_hidden_size if merges_patches(vision_config) else vision_config.hidden_size
+
+
+def feature_layers(config: "VLMoEConfig") -> list[int]:
+    """The hidden states of the ViT that the connector reads."""
+    chosen: Any = config.vision_feature_layer
+    return [chosen] if isinstance(chosen, int) else list(chosen)
+
+
 def num_feature_layers(config: "VLMoEConfig") -> int:
     """How many layers of the ViT feed the feature layer that the connector reads.
 
     Raises:
-        ValueError: if `vision_feature_layer` is out of range.
+        ValueError: if `vision_feature_layer` is out of range, or not the last of a ViT that merges patches behind it.
     """
     depth = config.vision_config.num_hidden_layers
-    chosen = config.vision_feature_layer
-    indices = [chosen] if isinstance(chosen, int) else list(chosen)
+    chosen, indices = config.vision_feature_layer, feature_layers(config)
+    if merges_patches(config.vision_config) and indices != [-1]:
+        raise ValueError(
+            f"vision_feature_layer is {chosen}, but a {config.vision_config.model_type} merges patches behind its "
+            "last layer, and the connector reads what it gives then. Leave vision_feature_layer out."
+        )
     if not indices or any(not -depth - 1 <= index <= depth for index in indices):
         raise ValueError(
             f"vision_feature_layer is {chosen}, but the vision tower has {depth} layers, so its hidden states are "
@@ -239,9 +259,12 @@ class VLMoEConfig(PreTrainedConfig):
         connector_moe: the same for the connector.
         image_token_id: the placeholder that an image's features replace.
         vision_feature_layer: the hidden state of the ViT that the connector reads (-2: the last layer's input); a list
-            is concatenated.
-        vision_feature_select_strategy: "default" leaves the class token out, "full" keeps every token; None takes
-            "default" where the ViT has a class token.
+            is concatenated. None takes -2, or -1 where the ViT merges patches behind its last layer (Qwen2.5-VL): then
+            the connector reads what it merged.
+        vision_feature_select_strategy: "default" leaves out the tokens that precede the patches, "full" keeps every
+            token; None takes "default" where the ViT has a class token or registers.
+        vision_num_prefix_tokens: how many tokens "default" leaves out; None takes the ViT's own: its class token and
+            its registers, or 1 where it has neither. LLaVA leaves out 1, whatever its ViT.
         connector_hidden_act: the connector's activation.
         connector_bias: whether the connector's Linears have biases.
 
@@ -270,8 +293,9 @@ class VLMoEConfig(PreTrainedConfig):
     vision_moe: Any = None
     connector_moe: Any = None
     image_token_id: int | None = None
-    vision_feature_layer: int | list[int] = -2
+    vision_feature_layer: int | list[int] | None = None
     vision_feature_select_strategy: Literal["default", "full"] | None = None
+    vision_num_prefix_tokens: int | None = None
     connector_hidden_act: str = "gelu"
     connector_bias: bool = True
     tie_word_embeddings: bool = False
@@ -289,6 +313,10 @@ class VLMoEConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
+        if self.vision_feature_layer is None:
+            self.vision_feature_layer = -1 if merges_patches(self.vision_config) else -2
+        if (left_out := self.vision_num_prefix_tokens) is not None and left_out < 0:
+            raise ValueError(f"vision_num_prefix_tokens is {left_out}; expected 0 or more.")
         num_feature_layers(self)
         for part in PARTS:
             self._resolve(part, getattr(self, f"{part}_moe"))

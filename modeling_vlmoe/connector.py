@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .configuration_vlmoe import VLMoEConfig
+from .configuration_vlmoe import VLMoEConfig, feature_layers, feature_width
 from .mlp_layouts import find_layout
 from .router_losses import RouterContext
 from .sparse_moe import Experts, SparseMoE
@@ -23,11 +23,10 @@ class ConnectorMLP(nn.Module):
                 f"connector_hidden_act is {config.connector_hidden_act!r}; expected one of "
                 f"{', '.join(sorted(ACT2FN))}."
             )
-        chosen = config.vision_feature_layer
-        num_features = 1 if isinstance(chosen, int) else len(chosen)
+        features = len(feature_layers(config)) * feature_width(config.vision_config)
         width = config.text_config.hidden_size
         middle = getattr(config.connector_moe, "moe_intermediate_size", None) or width
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size * num_features, middle, bias=config.connector_bias)
+        self.linear_1 = nn.Linear(features, middle, bias=config.connector_bias)
         self.act = ACT2FN[config.connector_hidden_act]
         self.linear_2 = nn.Linear(middle, width, bias=config.connector_bias)
 

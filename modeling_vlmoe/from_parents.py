@@ -6,8 +6,11 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from .configuration_vlmoe import sparse_fields
 from .connector import VLMoEConnector
+from .image_inputs import find_form
 from .recorders import install_recorders
 from .towers import make_sparse, mark_initialized
+
+VISION_TOWERS = ("vision_model", "vision_tower", "visual")  # what a ViT is called inside a larger model
 
 
 def load_parents(vision_model_name_or_path: str, text_model_name_or_path: str, **kwargs: Any) -> tuple[Any, Any]:
@@ -19,8 +22,13 @@ def load_parents(vision_model_name_or_path: str, text_model_name_or_path: str, *
     kwargs.setdefault("use_safetensors", True)  # pickle weights are never loaded
     text = AutoModelForCausalLM.from_pretrained(text_model_name_or_path, **kwargs)
     vision = AutoModel.from_pretrained(vision_model_name_or_path, **kwargs)
-    vision = getattr(vision, "vision_model", vision)
-    if vision.main_input_name != "pixel_values":
+    vision = next((getattr(vision, name) for name in VISION_TOWERS if hasattr(vision, name)), vision)
+    if text.config.get_text_config() is not text.config:
+        raise ValueError(
+            f"{text_model_name_or_path} is a {text.config.model_type}, of which the LLM is a part. Give an LLM alone, "
+            "or take it out by `vlmoe upcycle --text-model`."
+        )
+    if find_form(type(vision)).sizes is None and vision.main_input_name != "pixel_values":
         raise ValueError(
             f"{vision_model_name_or_path} is a {vision.config.model_type}, which does not read images. Give a ViT."
         )

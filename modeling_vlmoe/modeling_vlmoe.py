@@ -21,6 +21,7 @@ from .configuration_vlmoe import PARTS, VLMoEConfig
 from .connector import VLMoEConnector
 from .expert_precision import warn_of_full_experts
 from .from_parents import adopt_parents, load_parents
+from .image_inputs import check_strategy, find_form, read_features, tower_arguments
 from .model_outputs import (
     VLMoECausalLMOutputWithPast,
     VLMoEModelOutputWithPast,
@@ -31,9 +32,9 @@ from .router_losses import UNSEEN, FollowedLoss, RouterContext, follow_loss, war
 from .towers import (
     apply_head_maths,
     context_kwargs,
-    has_class_token,
     init_sparse_weights,
     make_sparse,
+    num_prefix_tokens,
     skip_pooling,
     tower_layers,
 )
@@ -115,9 +116,11 @@ class VLMoEModel(VLMoEPreTrainedModel):
     """ViT, connector and LLM, without a language modelling head.
 
     Args:
-        config: the configuration; `vision_feature_select_strategy` is resolved in it where it was None.
+        config: the configuration; `vision_feature_select_strategy` and `vision_num_prefix_tokens` are resolved in it
+            where they were None.
 
     Attributes:
+        image_form: how images are given to the ViT (see image_inputs.py).
         micro_batch_share: the weight of one micro-batch's router losses, that is 1 / accumulation steps, where a
             training loop makes its own loss; None where nobody has said.
         followed: the loss that a trainer makes while it makes it (`modeling_vlmoe.finetune.follow_trainer`).
@@ -134,8 +137,13 @@ class VLMoEModel(VLMoEPreTrainedModel):
         self.vision_tower = _build_tower(config.vision_config, config.vision_moe)
         self.connector = VLMoEConnector(config)
         self.language_model = _build_tower(config.text_config, config.text_moe)
+        self.image_form = find_form(type(self.vision_tower))
+        num_prefix = num_prefix_tokens(self.vision_tower)
         if config.vision_feature_select_strategy is None:
-            config.vision_feature_select_strategy = "default" if has_class_token(self.vision_tower) else "full"
+            config.vision_feature_select_strategy = "default" if num_prefix else "full"
+        if config.vision_num_prefix_tokens is None:
+            config.vision_num_prefix_tokens = num_prefix or 1
+        check_strategy(self.image_form, config.vision_config, config.vision_feature_select_strategy)
         self._write_text_width()
         self.post_init()
         install_recorders(self)
@@ -172,15 +180,23 @@ class VLMoEModel(VLMoEPreTrainedModel):
         pixel_values: Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        image_grid_thw: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
         router_context: RouterContext | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encodes images into embeddings of the LLM.
 
         Args:
-            pixel_values: (images, channels, height, width).
+            pixel_values: (images, channels, height, width), or as the ViT's image processor gives patches.
             vision_feature_layer: which hidden state of the ViT is read; the configuration's where None.
-            vision_feature_select_strategy: "default" drops the class token, "full" keeps all.
+            vision_feature_select_strategy: "default" drops the tokens before the patches, "full" keeps all.
+            image_grid_thw: (images, 3), sizes in patches, where the ViT takes packed patches (Qwen2.5-VL).
+            image_sizes: (images, 2), sizes in pixels, where it takes padded images (Pixtral).
+            pixel_attention_mask: (images, most patches), where it takes padded patches (SigLIP2 NaFlex).
+            spatial_shapes: (images, 2), sizes in patches, where it takes padded patches.
             router_context: the context of the sparse layers in training.
 
         Returns:
@@ -192,12 +208,19 @@ class VLMoEModel(VLMoEPreTrainedModel):
             kwargs["output_hidden_states"] = layers  # only these are kept
         if self.config.vision_moe is not None:
             kwargs |= context_kwargs(router_context and router_context.of("vision"))
+        given = {
+            "image_grid_thw": image_grid_thw,
+            "image_sizes": image_sizes,
+            "pixel_attention_mask": pixel_attention_mask,
+            "spatial_shapes": spatial_shapes,
+        }
+        kwargs |= tower_arguments(self.image_form, given)
         outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
-        first = 1 if vision_feature_select_strategy == "default" else 0
-        features = torch.cat([outputs.hidden_states[layer][:, first:] for layer in layers], dim=-1)
+        strategy = vision_feature_select_strategy
+        features, counts = read_features(outputs, self.config, self.image_form, given, layers, strategy)
         connector_context = router_context and router_context.of("connector")
         embeddings, logits, losses = self.connector(features.to(self.connector.dtype), connector_context)
-        outputs.pooler_output = list(embeddings)
+        outputs.pooler_output = list(embeddings.flatten(0, 1).split(counts))
         if logits is not None:
             outputs["connector_router_logits"] = (logits,)
         if losses is not None:
@@ -296,6 +319,10 @@ class VLMoEModel(VLMoEPreTrainedModel):
         mm_token_type_ids: Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        image_grid_thw: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         output_router_logits: bool | None = None,
         router_context: RouterContext | None = None,
@@ -305,10 +332,13 @@ class VLMoEModel(VLMoEPreTrainedModel):
 
         Args:
             input_ids: (batch, sequence), with one image token per image feature.
-            pixel_values: (images of the whole batch in reading order, channels, height, width).
+            pixel_values: (images of the whole batch in reading order, channels, height, width), or as the ViT's image
+                processor gives patches.
             attention_mask: (batch, sequence), 1 for real tokens.
             inputs_embeds: (batch, sequence, text width), in the place of `input_ids`.
             mm_token_type_ids: (batch, sequence), 1 at image tokens; accepted because processors return it.
+            image_grid_thw: sizes of images, where the ViT takes such (see `get_image_features`); the same for
+                `image_sizes`, `spatial_shapes` and `pixel_attention_mask`.
             mm_encoder_outputs: images encoded beforehand, `{"image": ...}`, as `generate` does.
             output_router_logits: whether to return the router logits; the configuration's where None.
             router_context: handed in by a head that watches its loss; made here otherwise.
@@ -331,6 +361,10 @@ class VLMoEModel(VLMoEPreTrainedModel):
                 pixel_values,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
+                image_grid_thw=image_grid_thw,
+                image_sizes=image_sizes,
+                pixel_attention_mask=pixel_attention_mask,
+                spatial_shapes=spatial_shapes,
                 router_context=router_context,
                 output_router_logits=output_router_logits,
                 return_dict=True,
@@ -411,7 +445,7 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         """Upcycles two dense parents in memory: experts are copies of the dense MLPs, connector and routers are new.
 
         Args:
-            vision_model_name_or_path: folder or Hub id of a ViT, also of a whole CLIP or SigLIP.
+            vision_model_name_or_path: folder or Hub id of a ViT, also of a CLIP, SigLIP or LLaVA around it.
             text_model_name_or_path: folder or Hub id of a dense LLM.
             text_moe: the LLM's experts, a `MoEConfig` or a dict of its fields; None keeps it dense. The same for
                 `vision_moe` and `connector_moe`.
@@ -464,6 +498,10 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         mm_token_type_ids: Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        image_grid_thw: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -490,6 +528,10 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
             mm_token_type_ids=mm_token_type_ids,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
+            image_grid_thw=image_grid_thw,
+            image_sizes=image_sizes,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
             mm_encoder_outputs=mm_encoder_outputs,
             output_router_logits=output_router_logits,
             router_context=context,
@@ -551,6 +593,10 @@ class VLMoEForSequenceClassification(VLMoEPreTrainedModel):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> VLMoESequenceClassifierOutputWithPast:
@@ -568,6 +614,10 @@ class VLMoEForSequenceClassification(VLMoEPreTrainedModel):
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
+            image_grid_thw=image_grid_thw,
+            image_sizes=image_sizes,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
             router_context=context,
             return_dict=True,
             **kwargs,

@@ -1,8 +1,10 @@
 """VLMoEProcessor: any image processor and any tokenizer of transformers behind one processor.
 
-The one invariant: an image takes `num_image_tokens` places in `input_ids`, each holding `image_token_id`, where that
-number was measured at conversion on the ViT (features per image behind its feature selection) and is kept in
-processor_config.json. The host's `ProcessorMixin` does the expansion, the count checks and the offsets.
+The one invariant: an image takes as many places in `input_ids`, each holding `image_token_id`, as the ViT gives
+features of it behind its feature selection. Where all images have one size, that number was measured at conversion and
+is kept in processor_config.json (`num_image_tokens`); where each has its own, it follows from the size that the image
+processor gave it (see image_inputs.py). The host's `ProcessorMixin` does the expansion, the count checks and the
+offsets.
 
 Example:
     >>> processor = VLMoEProcessor.from_parents(image_processor, tokenizer, num_image_tokens=576)
@@ -28,6 +30,7 @@ from transformers.image_utils import is_valid_image, load_image
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .chat_templates import build_chat_template, default_chat_template
+from .image_inputs import count_tokens, form_of_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -132,19 +135,50 @@ def _check_own_id(tokenizer: Any, image_token: str) -> None:
         )
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_counting(num_image_tokens: Any, image_sizes_name: Any, image_token_side: Any) -> None:
+    """It is known how many tokens an image takes, in exactly one way."""
+    if image_sizes_name is None:
+        if image_token_side is not None:
+            raise ValueError(
+                f"image_token_side is {image_token_side!r}, but images have no sizes (image_sizes_name is None). Take "
+                "both from the checkpoint's processor_config.json."
+            )
+        if not _is_count(num_image_tokens):
+            raise ValueError(
+                f"num_image_tokens is {num_image_tokens!r}, but has to be a whole number from 1: the image "
+                "features that the vision tower gives per image. Take it from the checkpoint's processor_config.json, "
+                "or count the features of one image."
+            )
+        return
+    form_of_sizes(image_sizes_name)
+    if num_image_tokens is not None or not _is_count(image_token_side):
+        raise ValueError(
+            f"image_sizes_name is {image_sizes_name!r}, so images have each their own number of tokens, but "
+            f"num_image_tokens is {num_image_tokens!r} (expected None) and image_token_side is {image_token_side!r} "
+            "(expected a whole number from 1). Take all three from the checkpoint's processor_config.json."
+        )
+
+
 class VLMoEProcessor(ProcessorMixin):
     """Turns text and images into model inputs: `input_ids`, `attention_mask`, `mm_token_type_ids`, `pixel_values`.
 
     `input_ids`, `attention_mask` and `mm_token_type_ids` have shape `(batch, sequence)`; the last is 1 on image tokens
     and 0 on text. `pixel_values` has shape `(images, channels, height, width)`, the images of all samples in the order
-    of their tokens; it is absent when there are none. Each sample may have any number of images.
+    of their tokens; it is absent when there are none. Each sample may have any number of images. Where each image has
+    a size of its own, `pixel_values` is as the image processor gives it, with the sizes beside it.
 
     Args:
-        image_processor: any image processor that gives all images one size.
+        image_processor: any image processor that gives all images one size, or says each one's size.
         tokenizer: any tokenizer that has the image token (see `from_parents`).
         chat_template: Jinja chat template with image parts and generation marks.
         image_token: stands for one image in a text; the tokenizer's own `image_token` goes before.
-        num_image_tokens: image features per image, behind the ViT's feature selection.
+        num_image_tokens: image features per image, behind the ViT's feature selection; None where images have sizes.
+        image_sizes_name: what the image processor calls the sizes of images that have each their own.
+        image_token_side: how many units of these a token is wide.
     """
 
     return_mm_token_type_ids = True
@@ -157,15 +191,14 @@ class VLMoEProcessor(ProcessorMixin):
         chat_template: str | dict[str, str] | None = None,
         image_token: str = IMAGE_TOKEN,
         num_image_tokens: int | None = None,
+        image_sizes_name: str | None = None,
+        image_token_side: int | None = None,
     ):
-        if isinstance(num_image_tokens, bool) or not isinstance(num_image_tokens, int) or num_image_tokens < 1:
-            raise ValueError(
-                f"num_image_tokens is {num_image_tokens!r}, but has to be a whole number from 1: the image "
-                "features that the vision tower gives per image. Take it from the checkpoint's processor_config.json, "
-                "or count the features of one image."
-            )
+        _check_counting(num_image_tokens, image_sizes_name, image_token_side)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        self.num_image_tokens = num_image_tokens
+        self.num_image_tokens: Any = num_image_tokens
+        self.image_sizes_name = image_sizes_name
+        self.image_token_side: Any = image_token_side
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         token_ids = tokenizer.encode(self.image_token, add_special_tokens=False)
@@ -190,9 +223,11 @@ class VLMoEProcessor(ProcessorMixin):
         cls,
         image_processor,
         tokenizer,
-        num_image_tokens: int,
+        num_image_tokens: int | None = None,
         chat_template: str | dict[str, str] | None = None,
         image_token: str = IMAGE_TOKEN,
+        image_sizes_name: str | None = None,
+        image_token_side: int | None = None,
     ) -> "VLMoEProcessor":
         """Builds the processor from a ViT's image processor and an LLM's tokenizer, both left as they are.
 
@@ -204,9 +239,11 @@ class VLMoEProcessor(ProcessorMixin):
         Args:
             image_processor: the ViT's.
             tokenizer: the LLM's.
-            num_image_tokens: image features per image, behind the ViT's feature selection.
+            num_image_tokens: image features per image, behind the ViT's feature selection; None where images have
+                sizes.
             chat_template: replaces the tokenizer's own. Without either, a plain "User: ... Assistant: ..." format.
             image_token: the token to add where the tokenizer has no `image_token` of its own.
+            image_sizes_name: as the class' own, like `image_token_side`.
         """
         tokenizer = copy.deepcopy(tokenizer)
         image_token = getattr(tokenizer, "image_token", None) or image_token
@@ -230,7 +267,9 @@ class VLMoEProcessor(ProcessorMixin):
             known_tokens=[*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder],
         )
         tokenizer.chat_template = template
-        return cls(image_processor, tokenizer, template, image_token=image_token, num_image_tokens=num_image_tokens)
+        return cls(
+            image_processor, tokenizer, template, image_token, num_image_tokens, image_sizes_name, image_token_side
+        )
 
     @property
     def model_input_names(self) -> list[str]:
@@ -239,8 +278,8 @@ class VLMoEProcessor(ProcessorMixin):
     @property
     def unused_input_names(self) -> list[str]:
         """What parents' tokenizers and image processors may return beside the inputs of the model's `forward`."""
-        others = [name for name in self.image_processor.model_input_names if name != "pixel_values"]
-        return ["token_type_ids", *others]
+        used = ["pixel_values", *form_of_sizes(self.image_sizes_name).arguments]
+        return ["token_type_ids", *(name for name in self.image_processor.model_input_names if name not in used)]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Loads images early, so that an unreadable one is named."""
@@ -268,9 +307,18 @@ class VLMoEProcessor(ProcessorMixin):
         """The text that stands for one image: the image token, once per image feature.
 
         Args:
-            image_inputs: what the image processor gave, `pixel_values` of shape `(images, channels, height, width)`.
+            image_inputs: what the image processor gave, `pixel_values` of shape `(images, channels, height, width)`
+                where all have one size.
             image_idx: which image.
         """
+        if self.image_sizes_name is not None:
+            if self.image_sizes_name not in image_inputs:
+                raise ValueError(
+                    f"{type(self.image_processor).__name__} gives no {self.image_sizes_name} beside the pixel values, "
+                    "which the vision tower takes. Take the image processor that the tower came with."
+                )
+            size = image_inputs[self.image_sizes_name][image_idx]
+            return self.image_token * count_tokens([size], self.image_token_side)[0]
         first, this = (tuple(image_inputs["pixel_values"][index].shape) for index in (0, image_idx))
         if len(this) != 3 or this != first:
             raise ValueError(
@@ -288,9 +336,30 @@ class VLMoEProcessor(ProcessorMixin):
         """
         if image_sizes is None:
             return MultiModalData()
-        return MultiModalData(
-            num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
-        )
+        if self.image_sizes_name is None:
+            return MultiModalData(
+                num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+            )
+        counts: list[int] = []
+        rows: list[int] = []
+        for height, width in image_sizes:
+            made = self.image_processor(Image.new("RGB", (width, height)), return_tensors="pt")
+            counts += count_tokens(made[self.image_sizes_name], self.image_token_side)
+            rows.append(len(made["pixel_values"]))
+        return MultiModalData(num_image_tokens=counts, num_image_patches=rows)
+
+    def count_image_tokens(self, images: list[Any]) -> int:
+        """How many tokens images take.
+
+        Args:
+            images: as the processor takes them, or callables that give one; opened only where each has a size of its
+                own.
+        """
+        if self.num_image_tokens is not None:
+            return len(images) * self.num_image_tokens
+        opened = [_load_image(image() if callable(image) else image) for image in images]
+        sizes = [[image.height, image.width] for image in opened]
+        return sum(self._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens or ())
 
     def _normalize_conversations(self, conversation) -> tuple[list, bool]:
         # Arrow gives all parts of a column the same keys: a text part gains `image: None`, an image part `url: None`.

@@ -10,6 +10,7 @@ The chosen layers get a derived class too, which hands the router its context in
     ('SparseLlamaModel', 'SparseLlamaDecoderLayer')
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,9 @@ from .recorders import forget_recorders, make_recorders_picklable, register_reco
 from .router_losses import RouterContext, RouterLosses
 from .sparse_moe import Experts, Router, SparseMoE
 
-LAYER_LISTS = ("layers", "encoder.layers", "encoder.layer", "h", "blocks")
-CLASS_TOKENS = ("class_embedding", "cls_token")
+LAYER_LISTS = ("layers", "encoder.layers", "encoder.layer", "model.layer", "transformer.layers", "h", "blocks")
+# Parameters of a ViT that are tokens before its patches: (tokens, width) or (width,).
+PREFIX_TOKENS = ("class_embedding", "cls_token", "distillation_token", "register_tokens")
 # The keyword by which a layer receives the router's context.
 CONTEXT = "router_context"
 # What a dense LM does to its head's logits, keyed on the configuration attribute that holds the number.
@@ -113,10 +115,10 @@ def sparse_blocks(module: nn.Module) -> list[tuple[str, SparseMoE]]:
     return [(path, child) for path, child in module.named_modules() if isinstance(child, SparseMoE)]
 
 
-def has_class_token(tower: nn.Module) -> bool:
-    """Whether the ViT puts a class token before its patches."""
-    names = {name.rpartition(".")[2] for name, _ in tower.named_parameters()}
-    return any(name in names for name in CLASS_TOKENS)
+def num_prefix_tokens(tower: nn.Module) -> int:
+    """How many tokens the ViT puts before its patches: class and distillation tokens, registers."""
+    named = ((name.rpartition(".")[2], parameter) for name, parameter in tower.named_parameters())
+    return sum(math.prod(parameter.shape[:-1]) for name, parameter in named if name in PREFIX_TOKENS)
 
 
 def skip_pooling(tower: Any) -> None:

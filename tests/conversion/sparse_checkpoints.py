@@ -66,7 +66,9 @@ def save_vlmoe(
 
 
 def native_text(family: str, **fields):
-    return AutoConfig.for_model(family, **(tiny.TEXT_FIELDS | NATIVE_FIELDS[family] | fields))
+    """A sparse family's configuration, or a dense one's."""
+    own = NATIVE_FIELDS.get(family) or tiny.FAMILY_FIELDS.get(family, {})
+    return AutoConfig.for_model(family, **(tiny.TEXT_FIELDS | own | fields))
 
 
 def save_native_text(folder: Path, family: str, dtype=torch.float32, fused: bool = False, **fields) -> Path:
@@ -78,7 +80,7 @@ def save_native_text(folder: Path, family: str, dtype=torch.float32, fused: bool
 
 
 def save_llava(folder: Path, family: str, vision: str = "clip", dtype=torch.float32, **fields) -> Path:
-    """A LLaVA around a sparse LM, with its processor."""
+    """A LLaVA around a sparse or a dense LM, with its processor."""
     config = LlavaConfig(
         text_config=native_text(family, **fields),
         vision_config=tiny.vision_config(vision),

@@ -239,7 +239,7 @@ def test_upcycle_refuses_a_sparse_llm_and_names_the_command(tmp_path, arguments,
     llava = save_llava(tmp_path / "llava", "mixtral")
     with (
         leaves_nothing(),
-        pytest.raises(ValueError, match=r"is a llava model; expected a dense vlmoe.*`vlmoe import`"),
+        pytest.raises(ValueError, match=r"is a LLaVA whose LLM is already sparse: its mixtral.*`vlmoe import --vlm"),
     ):
         upcycle(arguments(text_model=None, vision_model=None, vlm_model=llava))
 

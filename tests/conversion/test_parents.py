@@ -234,7 +234,8 @@ def test_raises_when_the_vit_has_no_known_mlp(refuses, tmp_path_factory):
     refuses(r"Data2VecVisionModel: encoder.layer.1 has no MLP that matches", vision_model=folder, vision_experts=4)
 
 
-def test_raises_when_a_tower_has_no_list_of_layers(refuses, tmp_path_factory):
+def test_raises_when_a_tower_has_no_list_of_layers(refuses, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("modeling_vlmoe.towers.LAYER_LISTS", ("layers", "blocks"))
     folder = tmp_path_factory.mktemp("vit")
     config = AutoConfig.for_model("dinov3_vit", hidden_size=24, num_hidden_layers=3, num_attention_heads=2)
     AutoModel.from_config(config).save_pretrained(folder)
@@ -325,7 +326,10 @@ def test_raises_when_settings_make_no_sense(refuses, changes, message):
 
 def test_raises_when_the_vlm_parent_is_another_kind(refuses, parents):
     refuses(
-        "is a llama model; expected a dense vlmoe one", text_model=None, vision_model=None, vlm_model=parents / "llama"
+        "is a llama model; expected a dense vlmoe or llava one",
+        text_model=None,
+        vision_model=None,
+        vlm_model=parents / "llama",
     )
 
 

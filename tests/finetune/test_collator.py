@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from modeling_vlmoe.finetune import ChatCollator, load_chat_data
-from modeling_vlmoe.finetune.collator import check_rows
+from modeling_vlmoe.finetune.collator import check_rows, count_tokens
+from tests.variable_images import TOWERS
+from tests.variable_images import processor as variable_processor
 
 
 @pytest.fixture
@@ -28,6 +30,15 @@ def test_images_and_padding_are_not_learnt(processor, rows):
     assert (batch["labels"][is_image | (batch["attention_mask"] == 0)] == -100).all()
     assert is_image.sum(-1).tolist() == [len(row["images"]) * processor.num_image_tokens for row in rows]
     assert len(batch["pixel_values"]) == sum(len(row["images"]) for row in rows)
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_rows_are_counted_where_each_image_has_its_own_size(rows, family):
+    ours = variable_processor(family)
+    for row in rows:
+        batch = ChatCollator(ours)([row])
+        assert count_tokens(row, ours) == batch["input_ids"].shape[1]
+        assert ours.image_sizes_name in batch or not row["images"]
 
 
 def test_every_turn_of_the_assistant_is_learnt(processor):

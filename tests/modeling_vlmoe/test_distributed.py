@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import variable_images
 from tests.models import EXPERTS, sparse_model
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
+ANY_SIZE = Path(__file__).with_name("two_processes_any_size.py")
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,22 @@ def saved(tmp_path_factory):
     folders["shared"] = tmp_path_factory.mktemp("shared")
     sparse_model(text_moe=EXPERTS | {"num_shared_experts": 1}).save_pretrained(folders["shared"])
     return folders
+
+
+def run(script, *arguments):
+    """What a script says in two processes."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -39,15 +57,13 @@ def saved(tmp_path_factory):
     ],
 )
 def test_two_processes_equal_one(saved, tmp_path, mode, which):
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(SCRIPT)]
-    done = subprocess.run(
-        [*command, mode, str(saved[which]), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert f"{mode} equals one process" in done.stdout
+    assert f"{mode} equals one process" in run(SCRIPT, mode, saved[which], tmp_path)
+
+
+@pytest.mark.slow
+def test_batches_with_and_without_images_of_any_size_side_by_side(tmp_path):
+    for family in variable_images.TOWERS:
+        variable_images.sparse_model(family, vision_moe=None).save_pretrained(tmp_path / family)
+        variable_images.processor(family).save_pretrained(tmp_path / family)
+    said = run(ANY_SIZE, *(tmp_path / family for family in variable_images.TOWERS))
+    assert all(f"{family} is right" in said for family in variable_images.TOWERS)

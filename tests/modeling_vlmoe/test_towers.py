@@ -4,7 +4,7 @@ from torch import nn
 from transformers import AutoModel
 
 from modeling_vlmoe import MoEConfig
-from modeling_vlmoe.towers import find_dense_mlp, has_class_token, make_sparse, sparse_tower_class
+from modeling_vlmoe.towers import find_dense_mlp, make_sparse, num_prefix_tokens, sparse_tower_class
 from tests import tiny
 from tests.models import gap
 
@@ -99,8 +99,8 @@ def test_only_the_pooling_head_is_left_out_of_siglips_mlps():
 
 
 def test_class_tokens_are_found():
-    assert has_class_token(tiny.vision_model("clip"))
-    assert not has_class_token(tiny.vision_model("siglip"))
+    assert num_prefix_tokens(tiny.vision_model("clip")) == 1
+    assert not num_prefix_tokens(tiny.vision_model("siglip"))
 
 
 def test_one_class_per_backbone_and_its_layers_may_not_be_split():

@@ -1,0 +1,216 @@
+"""How images are given to a ViT, and which of its features are whose: all images of one size, or each of its own.
+
+A ViT that takes images of any size is told their sizes beside the pixels, by the names of its `forward`; each row of
+`FORMS` is one way to do so, and a new way is a new row.
+
+The one invariant: an image takes as many tokens as `count_tokens` makes of its size, in the processor, in the model
+and in the proof of a conversion.
+
+    >>> find_form(Qwen2_5_VisionTransformerPretrainedModel).sizes
+    'image_grid_thw'
+    >>> count_tokens([(1, 4, 6)], side=2)
+    [6]
+"""
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .configuration_vlmoe import VLMoEConfig, feature_layers, merges_patches
+
+
+@dataclass(frozen=True)
+class ImageForm:
+    """One way to give images to a ViT.
+
+    Attributes:
+        name: what messages call it.
+        sizes: what image processors call the images' sizes, (images, 2 or 3), height and width last; None: all images
+            have one size.
+        arguments: the ViT's argument for each of the image processor's results beside `pixel_values`.
+        side: the attribute of the vision configuration that says how many units of `sizes` a token is wide; None: 1.
+        is_padded: whether features are (images, most tokens, width), those of each image first; else they are those of
+            all images in one row.
+    """
+
+    name: str
+    sizes: str | None = None
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    side: str | None = None
+    is_padded: bool = False
+
+    def token_side(self, vision_config: Any) -> int:
+        """How many units of `sizes` a token is wide."""
+        return 1 if self.side is None else getattr(vision_config, self.side)
+
+
+CHANNELS = ("num_channels", "in_channels")  # what vision configurations call the number of an image's channels
+ONE_SIZE = ImageForm("images of one size")
+FORMS = (
+    # Qwen2.5-VL and later: (patches of all images, values of a patch), sizes in patches, 2 x 2 of which are merged.
+    ImageForm("packed patches", "image_grid_thw", {"image_grid_thw": "grid_thw"}, side="spatial_merge_size"),
+    # SigLIP2 NaFlex: (images, most patches, values of a patch), sizes in patches.
+    ImageForm(
+        "padded patches",
+        "spatial_shapes",
+        {"spatial_shapes": "spatial_shapes", "pixel_attention_mask": "pixel_attention_mask"},
+        is_padded=True,
+    ),
+    # Pixtral: (images, channels, largest height, largest width), sizes in pixels.
+    ImageForm("padded images", "image_sizes", {"image_sizes": "image_sizes"}, side="patch_size"),
+    ONE_SIZE,
+)
+# Every key, beside pixel_values, that some image processor returns and some ViT takes.
+IMAGE_KEYS = tuple(key for form in FORMS for key in form.arguments)
+
+
+def find_form(tower_class: type) -> ImageForm:
+    """The first form whose arguments the `forward` of a ViT takes."""
+    known = inspect.signature(tower_class.forward).parameters  # type: ignore[attr-defined]
+    return next(form for form in FORMS if set(form.arguments.values()) <= set(known))
+
+
+def form_of_sizes(sizes: str | None) -> ImageForm:
+    """The form in which images' sizes have this name.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    for form in FORMS:
+        if form.sizes == sizes:
+            return form
+    known = ", ".join(repr(form.sizes) for form in FORMS)
+    raise ValueError(f"No ViT takes images' sizes as {sizes!r}; expected one of {known}.")
+
+
+def count_tokens(sizes: Iterable[Sequence[int]], side: int) -> list[int]:
+    """How many tokens images of these sizes take.
+
+    Args:
+        sizes: per image, height and width last.
+        side: how many units of it a token is wide.
+    """
+    counts = []
+    for size in sizes.tolist() if isinstance(sizes, Tensor) else sizes:
+        *others, height, width = map(int, size)
+        counts.append(math.prod(others) * (height // side) * (width // side))
+    return counts
+
+
+def tower_arguments(form: ImageForm, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ViT is given beside the pixels.
+
+    Args:
+        form: the ViT's.
+        given: the image processor's results, by its names; what another ViT would take may be there as None.
+
+    Raises:
+        ValueError: naming what is missing, or not the ViT's.
+    """
+    present = {key for key in IMAGE_KEYS if given.get(key) is not None}
+    if present != set(form.arguments):
+        wanted = ", ".join(["pixel_values", *form.arguments])
+        raise ValueError(
+            f"The vision tower takes {form.name}: expected {wanted}; given: "
+            f"{', '.join(['pixel_values', *sorted(present)])}. Use the model's own processor, and pass all it returns."
+        )
+    return {argument: given[key] for key, argument in form.arguments.items()}
+
+
+def check_strategy(form: ImageForm, vision_config: Any, strategy: str | None) -> None:
+    """Refuses to leave out tokens that a ViT does not put before its patches.
+
+    Raises:
+        ValueError: naming the ViT.
+    """
+    if form.sizes is not None and strategy == "default":
+        raise ValueError(
+            f'vision_feature_select_strategy is "default", but a {vision_config.model_type} takes images of any size '
+            "and puts no token before their patches. Leave it out."
+        )
+
+
+def read_features(
+    outputs: Any,
+    config: VLMoEConfig,
+    form: ImageForm,
+    given: Mapping[str, Any],
+    layers: Sequence[int] | None = None,
+    strategy: str | None = None,
+) -> tuple[Tensor, list[int]]:
+    """What the connector reads of a ViT's outputs.
+
+    Args:
+        outputs: the ViT's.
+        config: says which hidden states are read, and which tokens left out.
+        form: the ViT's.
+        given: the image processor's results.
+        layers: read these hidden states, not the configuration's.
+        strategy: leave out what this one does, not the configuration's.
+
+    Returns:
+        (images, tokens, width) for images of one size, else (1, tokens of all images, width); each image's number of
+        tokens.
+
+    Raises:
+        ValueError: for layers or tokens that this ViT does not give.
+    """
+    layers = list(layers or feature_layers(config))
+    strategy = strategy or config.vision_feature_select_strategy
+    check_strategy(form, config.vision_config, strategy)
+    if merges_patches(config.vision_config):
+        if layers != [-1]:
+            raise ValueError(
+                f"vision_feature_layer is {layers}, but a {config.vision_config.model_type} is read behind its "
+                "merger. Leave it out."
+            )
+        features = outputs.pooler_output
+    else:
+        features = torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
+    if form.sizes is None:
+        features = features[:, config.vision_num_prefix_tokens if strategy == "default" else 0 :]
+        return features, [features.shape[1]] * features.shape[0]
+    counts = count_tokens(given[form.sizes], form.token_side(config.vision_config))
+    if form.is_padded:
+        features = torch.cat([image[:count] for image, count in zip(features, counts, strict=True)])
+    features = features.reshape(1, -1, features.shape[-1])
+    if features.shape[1] != sum(counts):
+        raise ValueError(
+            f"The vision tower gives {features.shape[1]} features of images of the sizes ({form.sizes}) "
+            f"{given[form.sizes].tolist()}, which should have {sum(counts)}. Set the image processor's patch and "
+            "merge sizes to those of the tower."
+        )
+    return features, counts
+
+
+def blank_image(form: ImageForm, vision_config: Any) -> dict[str, Tensor]:
+    """The smallest image that a ViT takes, black, as its image processor would give it.
+
+    Raises:
+        ValueError: if the configuration does not say how large an image is.
+    """
+    channels: int = next((getattr(vision_config, name) for name in CHANNELS if hasattr(vision_config, name)), 3)
+    if form.sizes is None:
+        if (size := getattr(vision_config, "image_size", None)) is None:
+            raise ValueError(
+                f"A batch has no images, and the weights of the {vision_config.model_type} tower are sharded, but its "
+                "configuration has no image_size: give every batch an image."
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.zeros(1, channels, height, width)}
+    patch, side = vision_config.patch_size, form.token_side(vision_config)
+    if form.sizes == "image_sizes":
+        return {"pixel_values": torch.zeros(1, channels, side, side), "image_sizes": torch.tensor([[side, side]])}
+    values = channels * patch * patch * getattr(vision_config, "temporal_patch_size", 1)
+    if form.is_padded:
+        return {
+            "pixel_values": torch.zeros(1, 1, values),
+            "pixel_attention_mask": torch.ones(1, 1, dtype=torch.int32),
+            "spatial_shapes": torch.ones(1, 2, dtype=torch.int64),
+        }
+    return {"pixel_values": torch.zeros(side * side, values), "image_grid_thw": torch.tensor([[1, side, side]])}
