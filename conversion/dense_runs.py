@@ -23,6 +23,7 @@ from .mapped_maths import mapped_maths
 from .mapping import PART_PREFIX
 from .meta_models import build_on_meta, fill_mapped
 from .native_tensors import NativeTensors, fill_native
+from .parents import BROKEN
 from .planning import UpcyclePlan
 from .probes import hooked
 
@@ -98,7 +99,14 @@ def image_results(
         layers: The hidden states to give.
     """
     form = find_form(type(tower))
-    outputs = tower(images["pixel_values"], **tower_arguments(form, images), output_hidden_states=True)
+    try:
+        outputs = tower(images["pixel_values"], **tower_arguments(form, images), output_hidden_states=True)
+    except BROKEN as error:
+        shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in images.items())
+        raise ValueError(
+            f"The ViT, a {type(tower).__name__}, cannot read what the image processor makes of pictures ({shapes}): "
+            f"{error}. Take the image processor that the ViT came with."
+        ) from error
     found = {f"vision hidden state {layer}": outputs.hidden_states[layer] for layer in layers}
     found["vision last hidden state"] = outputs.last_hidden_state
     if outputs.get("pooler_output") is not None:

@@ -13,7 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
 from modeling_vlmoe.mlp_layouts import find_layout, is_biased
-from modeling_vlmoe.towers import HEAD_MATHS, find_dense_mlp
+from modeling_vlmoe.text_head import head_maths
+from modeling_vlmoe.towers import find_dense_mlp
 
 from .dense_tensors import DenseTensors, find_dense_tensors
 from .llava_parents import NUM_LEFT_OUT
@@ -112,7 +113,8 @@ def check_head(config: Any) -> None:
     Raises:
         ValueError: naming the maths.
     """
-    if named := [name for name in HEAD_MATHS if getattr(config.text_config, name, None)]:
+    named = [*head_maths(config.text_config), *(["a bias"] if config.lm_head_bias else [])]
+    if named:
         raise ValueError(
             f"The {config.text_config.model_type} LLM's head computes {', '.join(named)}, which LLaVA leaves out. "
             "Choose --to text, the LM alone."

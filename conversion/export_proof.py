@@ -125,7 +125,7 @@ class ExportProof:
         )
         seed, dtype = self.plan.drawing.seed, None
         return [
-            BlockProbe(f"{path}.{index}.mlp", one.mlp, other.mlp, dtype, seed, self.findings)  # type: ignore[arg-type]
+            BlockProbe(f"{path}.{index}.mlp", one.mlp, one.mlp, other.mlp, dtype, seed, self.findings)  # type: ignore[arg-type]
             for index, (one, other) in enumerate(zip(ours, theirs, strict=True))
             if hasattr(other.mlp, "experts")
         ]

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import LlavaConfig, PreTrainedConfig
 
 from modeling_vlmoe.configuration_vlmoe import sparse_fields
-from modeling_vlmoe.towers import HEAD_MATHS
+from modeling_vlmoe.text_head import head_maths
 
 PROJECTOR, CONNECTOR = "model.multi_modal_projector.", "model.connector.mlp."
 NUM_LEFT_OUT = 1  # tokens that "default" leaves out in LLaVA, whatever its ViT puts before the patches
@@ -27,7 +27,7 @@ def check_llava_head(given: str, config: Any) -> None:
     Raises:
         ValueError: naming the maths.
     """
-    if named := [name for name in HEAD_MATHS if getattr(config.text_config, name, None)]:
+    if named := list(head_maths(config.text_config)):
         raise ValueError(
             f"--vlm-model {given}: its LLM's configuration names maths of the head ({', '.join(named)}) that LLaVA "
             "leaves out and a vlmoe model would compute. Remove these fields from its config.json."

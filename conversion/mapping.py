@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modeling_vlmoe.mlp_layouts import MLPLayout, find_layout, is_biased
+from modeling_vlmoe.mlp_layouts import MLPLayout, find_activation, find_inner_norm, find_layout, is_biased
 from modeling_vlmoe.towers import find_dense_mlp
 
 from .expert_init import EXPERT_INITS, ExpertInit, ExpertSlot
@@ -58,6 +58,11 @@ class DenseTensor:
     def dtype(self) -> torch.dtype:
         return self.source.dtype(self.name)
 
+    @property
+    def stored(self) -> "DenseTensor":
+        """What is read, however it is looked at."""
+        return self
+
     def read(self) -> Tensor:
         return self.source.tensor(self.name)
 
@@ -79,6 +84,22 @@ class StackRows(DenseTensor):
     def read(self) -> Tensor:
         stack = super().read()[:, self.start : self.stop]
         return stack if self.expert is None else stack[self.expert]
+
+
+@dataclass(frozen=True)
+class TransposedTensor(DenseTensor):
+    """A matrix that is stored (in, out), as (out, in)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return super().shape[::-1]
+
+    @property
+    def stored(self) -> DenseTensor:
+        return DenseTensor(self.source, self.name)
+
+    def read(self) -> Tensor:
+        return super().read().mT
 
 
 @dataclass(frozen=True)
@@ -246,17 +267,50 @@ class Mapping:
 
 @dataclass(frozen=True)
 class SparseMLP:
-    """A dense MLP that becomes experts: its name in the model, how it is written, and its part's settings."""
+    """A dense MLP that becomes experts.
+
+    Attributes:
+        path: The experts' place in the model.
+        layout: How it is written.
+        is_biased: Whether its Linears have biases.
+        num_experts: How many experts it becomes.
+        num_active: How many of them a token uses.
+        source: What its tensors' names begin with in the dense model; `path` where it is None.
+        shared: The dense names of what all experts share (parameters of the activation, a norm), by theirs.
+    """
 
     path: str
     layout: MLPLayout
     is_biased: bool
     num_experts: int
     num_active: int
+    source: str | None = None
+    shared: dict[str, str] = field(default_factory=dict, hash=False)
 
     def dense_names(self, parameter: str) -> tuple[str, ...]:
         """The dense tensors, inside the MLP, that make an expert's `parameter`."""
         return self.layout.expert_sources(self.is_biased)[parameter]
+
+    def dense_tensor(self, dense_name: str, tensors: dict[str, DenseTensor]) -> DenseTensor:
+        """One of the dense tensors that experts are made of, (rows, ...)."""
+        stored = tensors[f"{self.path if self.source is None else self.source}.{dense_name}"]
+        is_turned = self.layout.is_transposed and len(stored.shape) == 2
+        return TransposedTensor(stored.source, stored.name) if is_turned else stored
+
+
+def shared_names(mlp: nn.Module, layout: MLPLayout, experts: nn.Module) -> dict[str, str]:
+    """Of what all experts share: the dense MLP's name of each tensor, by the experts' name."""
+    dense = {
+        "act_fn": find_activation(mlp, "the dense MLP", layout),
+        "inner_norm": find_inner_norm(mlp),
+    }
+    modules = {module: name for name, module in mlp.named_modules()}
+    names: dict[str, str] = {}
+    for child, module in dense.items():
+        if isinstance(module, nn.Module):
+            shared = getattr(experts, child)
+            names |= {f"{child}.{name}": f"{modules[module]}.{name}" for name in shared.state_dict()}
+    return names
 
 
 def sparse_mlps(dense: PreTrainedModel, sparse: PreTrainedModel) -> dict[str, SparseMLP]:
@@ -268,17 +322,20 @@ def sparse_mlps(dense: PreTrainedModel, sparse: PreTrainedModel) -> dict[str, Sp
     """
     found: dict[str, SparseMLP] = {}
 
-    def add(path: str, layout: MLPLayout, mlp: nn.Module, moe) -> None:
-        found[path] = SparseMLP(path, layout, is_biased(mlp, layout), moe.num_experts, moe.num_experts_per_tok)
+    def add(path: str, layout: MLPLayout, mlp: nn.Module, moe, source: str) -> None:
+        shared = shared_names(mlp, layout, sparse.get_submodule(f"{path}.experts"))
+        experts = moe.num_experts, moe.num_experts_per_tok
+        found[path] = SparseMLP(path, layout, is_biased(mlp, layout), *experts, source, shared)
 
     for part, tower in (("text", dense.model.language_model), ("vision", dense.model.vision_tower)):
         if (moe := sparse.config.moe(part)) is not None:
             for index in moe.layers:
                 mlp = find_dense_mlp(tower, index)
-                add(PART_PREFIX[part] + mlp.path, mlp.layout, mlp.module, moe)
+                prefix = PART_PREFIX[part]
+                add(prefix + mlp.path, mlp.layout, mlp.module, moe, prefix + mlp.source)
     if (moe := sparse.config.connector_moe) is not None:
         path, mlp = f"{PART_PREFIX['connector']}mlp", dense.model.connector.mlp
-        add(path, find_layout(mlp, "connector.mlp"), mlp, moe)
+        add(path, find_layout(mlp, "connector.mlp"), mlp, moe, path)
     return found
 
 
@@ -310,9 +367,9 @@ def map_tensors(
     for name, shape in shapes.items():
         assignment = assign(name, shape, dense_tensors, mlps, dtype, name in growable)
         for dense in assignment.dense:
-            if dense in used:
-                raise ValueError(f"{dense.name} would be used twice, for {used[dense]} and for {name}.")
-            used[dense] = name
+            if dense.stored in used:
+                raise ValueError(f"{dense.name} would be used twice, for {used[dense.stored]} and for {name}.")
+            used[dense.stored] = name
         mapping.assignments.append(assignment)
     if unused := [name for name, dense in dense_tensors.items() if dense not in used]:
         raise ValueError(f"The sparse model has no place for {len(unused)} dense tensors: {', '.join(unused[:5])}.")
@@ -344,8 +401,11 @@ def assign(
         return Assignment(TensorSpec(name, torch.float32, shape), "router", (), (), mlp.num_experts, mlp.num_active)
     if mark == EXPERTS:
         mlp, parameter = mlps[name.rpartition(mark)[0]], name.rpartition(mark)[2]
+        if parameter in mlp.shared:
+            shared = mlp.dense_tensor(mlp.shared[parameter], dense_tensors)
+            return Assignment(TensorSpec(name, dtype, shape), "copy", (shared,))
         dense_names = mlp.dense_names(parameter)
-        sources = tuple(dense_tensors[f"{mlp.path}.{dense_name}"] for dense_name in dense_names)
+        sources = tuple(mlp.dense_tensor(dense_name, dense_tensors) for dense_name in dense_names)
         rows, rest = sum(source.shape[0] for source in sources), sources[0].shape[1:]
         if shape != (mlp.num_experts, rows, *rest):
             raise ValueError(

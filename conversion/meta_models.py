@@ -61,6 +61,7 @@ def is_mapped(module: nn.Module, name: str, parameter: Tensor) -> bool:
 def computed_buffers(model: PreTrainedModel) -> None:
     """Gives buffers that no checkpoint holds (rotary frequencies, position ids) their values, by the model's init."""
     owners: dict[str, PreTrainedModel] = {}
+    holders: dict[int, PreTrainedModel] = {}
     for path, module in model.named_modules():
         parent = path.rpartition(".")[0]
         owners[path] = module if isinstance(module, PreTrainedModel) else owners[parent]
@@ -71,6 +72,9 @@ def computed_buffers(model: PreTrainedModel) -> None:
             setattr(module, name, torch.empty_like(module._buffers[name], device="cpu"))
         if names:
             owners[path]._init_weights(module)
+            holders[id(owners[path])] = owners[path]
+    for holder in holders.values():  # some models give their layers' buffers values as a whole (Falcon-H1)
+        holder._init_weights(holder)
 
 
 def patch_embeddings(model: nn.Module) -> set[nn.Module]:

@@ -222,7 +222,9 @@ class NativeMapping:
             self.dropped[name] = f"the {part} part's experts are written as one dense MLP ({why})"
             return
         layout, is_biased = form.layouts[path]
-        target = prefix if part == "connector" else f"{prefix}{path.removeprefix(PART_PREFIX[part])}."
+        target = prefix
+        if part != "connector":
+            target += f"{layout.source_path(path.removeprefix(PART_PREFIX[part]))}."
         sources = layout.expert_sources(is_biased)[name.partition(mark)[2]]
         step = self.source.shape(name)[1] // len(sources)
         for number, inner in enumerate(sources):

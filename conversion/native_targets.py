@@ -19,7 +19,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from modeling_vlmoe.configuration_vlmoe import HOSTED_FIELDS
-from modeling_vlmoe.towers import HEAD_MATHS
+from modeling_vlmoe.text_head import head_maths
 
 # Width of a shared expert of zeros, where the target has one and the model has none: what kernels and splits over
 # eight processes take; llama.cpp reads 0 as "not given".
@@ -159,7 +159,7 @@ def attention_obstacles(pair: Pair, text: PreTrainedConfig) -> list[str]:
         found.append(f"head_dim is {head_dim} (hidden_size / num_attention_heads, {plain_head_dim(text)}, is all)")
     if not pair.has_windows and (layers := window_layers(text)):
         found.append(f"sliding-window attention of {text.sliding_window} tokens in layers {layers}")
-    found += [f"{name} is {value!r} (maths of the head)" for name in HEAD_MATHS if (value := getattr(text, name, 0))]
+    found += [f"{name} is {value!r} (maths of the head)" for name, (_, value) in head_maths(text).items()]
     carried = {one.name for one in fields(type(AutoConfig.for_model(pair.sparse.model_type)))}
     handled = {*carried, *pair.needed, *pair.idle, "head_dim", *HOSTED_FIELDS}
     defaults = type(text)()

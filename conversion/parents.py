@@ -156,6 +156,11 @@ def check_text(given: str, config: PreTrainedConfig) -> None:
             "Only dense LLMs are upcycled: give one, or keep its own experts: `vlmoe import --text-model ...`."
         )
     if text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if text.model_type not in MODEL_MAPPING_NAMES:
+            raise ValueError(
+                f"--text-model {given} is a {text.model_type} model, which transformers registers with a head only "
+                "(AutoModelForCausalLM) and not without (AutoModel). Expected an LLM that has both; choose another."
+            )
         return
     if text is config:
         raise ValueError(f"--text-model {given} is a {config.model_type} model, which is not a causal LLM. Give one.")

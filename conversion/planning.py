@@ -10,6 +10,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
 from modeling_vlmoe.configuration_vlmoe import PARTS, VLMoEConfig
+from modeling_vlmoe.text_head import find_head
 
 from .arguments import UpcycleArguments, parse_layers
 from .connector_init import DrawnConnector
@@ -121,7 +122,9 @@ def asked_experts(args: UpcycleArguments) -> dict[str, dict[str, Any]]:
     return asked
 
 
-def build_dense_config(args: UpcycleArguments, parents: dict[str, Parent]) -> VLMoEConfig:
+def build_dense_config(
+    args: UpcycleArguments, parents: dict[str, Parent], dense: dict[str, DenseTensors]
+) -> VLMoEConfig:
     """The configuration of the dense vision-language model that is upcycled.
 
     Raises:
@@ -145,6 +148,7 @@ def build_dense_config(args: UpcycleArguments, parents: dict[str, Parent]) -> VL
     return VLMoEConfig(
         text_config=parents["text"].tower_config.to_dict(),
         vision_config=parents["vision"].tower_config.to_dict(),
+        lm_head_bias=find_head(dense["text"].model)[1].bias is not None,
         **given,
     )
 
@@ -214,6 +218,9 @@ def name_in_vlm(role: str, name: str, model: PreTrainedModel) -> str:
         return name_in_vlmoe(name) if is_llava(model.config) else name
     if role == "vision":
         return PART_PREFIX["vision"] + name
+    head, _ = find_head(model)
+    if name.startswith(f"{head}."):
+        return f"lm_head.{name.removeprefix(f'{head}.')}"
     base = f"{model.base_model_prefix}."
     return PART_PREFIX["text"] + name.removeprefix(base) if name.startswith(base) else name
 
@@ -230,7 +237,7 @@ def plan_upcycle(args: UpcycleArguments) -> UpcyclePlan:
         role: find_native_tensors(parent) if is_llava(parent.config) and role == "vlm" else find_dense_tensors(parent)
         for role, parent in parents.items()
     }
-    dense_config = build_dense_config(args, parents)
+    dense_config = build_dense_config(args, parents, dense)
     dense_vlm = build_on_meta(lambda: VLMoEForConditionalGeneration(dense_config))
     processor, pixel_shape = build_processor(parents, dense_vlm)
     config = build_config(dense_config, asked, processor)

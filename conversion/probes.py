@@ -6,7 +6,7 @@ computes as ever, and every expert is read once. The dense MLP is run on the sam
 compared, so that nothing of them outlives the layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -57,7 +57,8 @@ class Probe:
 
     Args:
         path: Its name in the sparse model.
-        dense: The dense module.
+        dense: The dense module in its place; of an MLP that is spread over its layer, the first piece.
+        run: Runs the dense MLP on rows, (1, rows, D).
         sparse: The module in its place.
         dtype: What dense weights are rounded to.
         seed: Of the random rows.
@@ -65,9 +66,16 @@ class Probe:
     """
 
     def __init__(
-        self, path: str, dense: nn.Module, sparse: SparseMoE, dtype: torch.dtype, seed: int, findings: Findings
+        self,
+        path: str,
+        dense: nn.Module,
+        run: Callable[[Tensor], Tensor],
+        sparse: SparseMoE,
+        dtype: torch.dtype,
+        seed: int,
+        findings: Findings,
     ):
-        self.path, self.dense, self.sparse = path, dense, sparse
+        self.path, self.dense, self.run, self.sparse = path, dense, run, sparse
         self.dtype, self.seed, self.findings = dtype, seed, findings
         self.given: Tensor | None = None
         self.rows: Tensor | None = None
@@ -87,7 +95,11 @@ class Probe:
         given = args[0]
         self.findings.informative[f"{self.path}, {GIVEN}"] = measure_gap(self.given, self._first_rows(given))
         self.rows = torch.cat([self.given, self._random_rows()])
-        return torch.cat([given, self.rows.expand(*given.shape[:-2], *self.rows.shape)], dim=-2), *args[1:]
+        rows = self.rows.expand(*given.shape[:-2], *self.rows.shape)
+        # A residual, which some MLPs are given and add, is zero for them.
+        return torch.cat([given, rows], dim=-2), *(
+            torch.cat([one, torch.zeros_like(rows)], dim=-2) for one in args[1:]
+        )
 
     def _compare(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         assert self.rows is not None
@@ -104,7 +116,7 @@ class Probe:
 
     def _run_dense(self, rows: Tensor) -> Tensor:
         with mapped_maths(self.dtype):
-            return self.dense(rows[None])[0]
+            return self.run(rows[None])[0]
 
     def _run_nudged(self, rows: Tensor) -> Tensor:
         return self._run_dense(nudge(rows, tensor_generator(self.seed, f"{self.path} nudge")))

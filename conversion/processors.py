@@ -1,5 +1,6 @@
 """The processor of what is made: a ViT's image processor and an LLM's tokenizer behind one, or a parent's own."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, LlavaProcessor
 
 from modeling_vlmoe import VLMoEProcessor
-from modeling_vlmoe.image_inputs import blank_image
+from modeling_vlmoe.image_inputs import FORMS, blank_image, read_features
+from modeling_vlmoe.towers import tower_layers
 
 from .llava_parents import is_llava
 from .parents import BROKEN, Parent
@@ -80,7 +82,13 @@ def measure_image(image_processor: Any, dense: Any, parent: Parent) -> Measured:
     Raises:
         ValueError: when the image processor and the ViT do not belong together.
     """
-    if dense.model.image_form.sizes is not None:
+    form, tower_class = dense.model.image_form, type(dense.model.vision_tower)
+    if missing := form.missing_arguments(tower_class):
+        raise ValueError(
+            f"The ViT of {parent.given}, a {tower_class.__name__}, must be given {', '.join(missing)} beside its "
+            f"pixels; supported are ViTs that take {', '.join(one.name for one in FORMS)}. Choose one of these."
+        )
+    if form.sizes is not None:
         return measure_sizes(image_processor, dense, parent)
     shape = tuple(process_pictures(image_processor, SHOWN_SIZES[:1], parent)["pixel_values"].shape)
     if len(shape) != 4 or shape[0] != 1:
@@ -89,14 +97,38 @@ def measure_image(image_processor: Any, dense: Any, parent: Parent) -> Measured:
             "width)."
         )
     try:
-        features = dense.model.get_image_features(torch.empty(shape, device="meta")).pooler_output[0]
+        num_tokens = count_features(dense.model, shape)
     except BROKEN as error:
         raise ValueError(
-            f"The image processor of {parent.given} makes pixel values {shape} of a picture, but the ViT was built "
-            f"for images of {getattr(dense.config.vision_config, 'image_size', 'another size')} pixels a side: "
-            f"{error}. Set size, crop_size, do_resize in its preprocessor_config.json or processor_config.json."
+            f"The image processor of {parent.given} makes pixel values {shape} of a picture, which the ViT, a "
+            f"{tower_class.__name__} for images of "
+            f"{getattr(dense.config.vision_config, 'image_size', 'another size')} pixels a side, does not take: "
+            f"{error}. Set size, crop_size, do_resize in its preprocessor_config.json or processor_config.json, or "
+            f"choose a ViT that takes {', '.join(one.name for one in FORMS)}."
         ) from error
-    return Measured(shape, features.shape[0])
+    return Measured(shape, num_tokens)
+
+
+def count_features(body: Any, shape: tuple[int, ...]) -> int:
+    """How many features a ViT makes of one image.
+
+    Args:
+        body: the dense model on the meta device.
+        shape: (1, channels, height, width).
+    """
+    try:
+        return body.get_image_features(torch.empty(shape, device="meta")).pooler_output[0].shape[0]
+    except RuntimeError as error:
+        if "meta tensors" not in str(error):
+            raise
+    tower = copy.deepcopy(body.vision_tower)  # it looks at values (Idefics3): one layer of it, all zeros
+    del tower_layers(tower)[1][1:]
+    tower.to_empty(device="cpu")
+    for tensor in (*tower.parameters(), *tower.buffers()):
+        tensor.zero_()
+    outputs = tower(torch.zeros(shape), output_hidden_states=True, return_dict=True)
+    features, _ = read_features(outputs, body.config, body.image_form, {}, layers=[-1])
+    return features.shape[1]
 
 
 def measure_sizes(image_processor: Any, dense: Any, parent: Parent) -> Measured:

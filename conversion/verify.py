@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_vlmoe.configuration_vlmoe import feature_layers
+from modeling_vlmoe.mlp_layouts import run_dense
 
 from .block_probes import BlockProbe
 from .casts import find_casts
@@ -71,13 +72,15 @@ class Proof:
         """One probe for each sparse MLP of these parts."""
         probes = []
         for part, root in roots.items():
-            for path in self.plan.mlps:
+            for path, mlp in self.plan.mlps.items():
                 if path.startswith(PART_PREFIX[part]):
-                    dense = root.get_submodule(path.removeprefix(PART_PREFIX[part]))
+                    inner = path.removeprefix(PART_PREFIX[part])
+                    dense = root.get_submodule(inner)
+                    run = partial(run_dense, root.get_submodule(mlp.layout.source_path(inner)), mlp.layout)
                     sparse: Any = self.sparse.get_submodule(path)
                     seed = self.plan.drawing.seed
                     kind = BlockProbe if hasattr(dense, "experts") else Probe  # the parent is sparse itself
-                    probes.append(kind(path, dense, sparse, self.plan.dtype, seed, self.findings))
+                    probes.append(kind(path, dense, run, sparse, self.plan.dtype, seed, self.findings))
         return probes
 
     def compare(

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from modeling_vlmoe.configuration_vlmoe import PARTS, VLMoEConfig, num_feature_layers
-from modeling_vlmoe.mlp_layouts import MLP_NAMES
+from modeling_vlmoe.mlp_layouts import LINEARS, MLP_NAMES, find_spread_layout
 from modeling_vlmoe.towers import sparse_blocks, tower_layers
 
 from .settings import FinetuneSettings, check_lora_words, nearest
@@ -60,20 +60,22 @@ def useful_layers(model: Any, part: str) -> Iterator[tuple[str, nn.Module]]:
         yield f"{prefix}.{index}", layers[index]
 
 
-def _mlp_name(layer: nn.Module) -> str | None:
-    """The attribute of a layer that holds its MLP, dense or sparse."""
-    return next((name for name in MLP_NAMES if isinstance(getattr(layer, name, None), nn.Module)), None)
+def _mlp_names(layer: nn.Module) -> set[str]:
+    """The children of a layer that are its MLP, dense or sparse, or pieces of it."""
+    names = {name for name in MLP_NAMES if isinstance(getattr(layer, name, None), nn.Module)}
+    spread = None if names else find_spread_layout(layer)
+    return names if spread is None else {name.partition(".")[0] for name in spread.linears}
 
 
 def lora_modules(layer: nn.Module, targets: list[str]) -> list[str]:
     """The Linears of one layer that get LoRA, by their names in it."""
-    mlp = _mlp_name(layer)
+    mlps = _mlp_names(layer)
     is_sparse = bool(sparse_blocks(layer))
     names = []
     for name, child in layer.named_modules():
-        if not isinstance(child, nn.Linear):
+        if not isinstance(child, LINEARS):
             continue
-        kind = "attention" if mlp is None or name.partition(".")[0] != mlp else "experts" if is_sparse else "mlp"
+        kind = "attention" if name.partition(".")[0] not in mlps else "experts" if is_sparse else "mlp"
         if kind in targets and kind != "experts":
             names.append(name)
     return names

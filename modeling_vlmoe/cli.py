@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from modeling_vlmoe.backbones_command import run_backbones
 from modeling_vlmoe.chat_command import run_chat
 from modeling_vlmoe.conversion.arguments import NATIVE, UpcycleArguments
 from modeling_vlmoe.conversion.native_arguments import ExportArguments, ImportArguments
@@ -207,6 +208,7 @@ def run_push(args: PushArguments) -> None:
 
 
 app.command("finetune", epilog=settings_help())(run_finetune)
+app.command("backbones")(run_backbones)
 app.command("demo")(run_demo_command)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run_serve)
 app.command("chat")(run_chat)

@@ -34,6 +34,9 @@ HOSTED_FIELDS = (
 # A configuration class that declares one of these is sparse already.
 SPARSE_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_intermediate_size")
 
+# Fields of an LLM whose layers are given more than hidden states, made of token ids (Gemma-3n).
+TOKEN_FIELDS = ("hidden_size_per_layer_input",)
+
 _GENERATION = "modeling_vlmoe.VLMoEForConditionalGeneration"
 AUTO_MAP = {
     "AutoConfig": "configuration_vlmoe.VLMoEConfig",
@@ -170,6 +173,21 @@ def num_feature_layers(config: "VLMoEConfig") -> int:
     return max(index % (depth + 1) for index in indices)
 
 
+def _check_reads_embeddings(text_config: Any) -> None:
+    """Refuses an LLM whose layers want token ids, which the features of images have not.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name in TOKEN_FIELDS:
+        if value := getattr(text_config, name, None):
+            raise ValueError(
+                f"text_config.{name} is {value}: each layer of this {text_config.model_type} adds embeddings of its "
+                "own, looked up by token id, and image features have no token id. Supported are LLMs whose layers "
+                "read hidden states alone; choose another LLM."
+            )
+
+
 def _stated_fields(part: str, given: Any) -> dict[str, Any]:
     """What the user said about a part: a dict as it is, of a `MoEConfig` the fields that differ from their
     defaults.
@@ -267,6 +285,7 @@ class VLMoEConfig(PreTrainedConfig):
             its registers, or 1 where it has neither. LLaVA leaves out 1, whatever its ViT.
         connector_hidden_act: the connector's activation.
         connector_bias: whether the connector's Linears have biases.
+        lm_head_bias: whether the head has a bias, as the dense LLM's does in some families (Phi, GPT-J).
 
     Raises:
         ValueError: naming the field, for settings that cannot be built.
@@ -298,6 +317,7 @@ class VLMoEConfig(PreTrainedConfig):
     vision_num_prefix_tokens: int | None = None
     connector_hidden_act: str = "gelu"
     connector_bias: bool = True
+    lm_head_bias: bool = False
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
@@ -311,6 +331,7 @@ class VLMoEConfig(PreTrainedConfig):
         # The experts' fields are written on text_config: the caller's dense configuration stays as it was.
         self.text_config, self.vision_config = deepcopy(self.text_config), deepcopy(self.vision_config)
         super().__post_init__(**kwargs)
+        _check_reads_embeddings(self.text_config)
         if getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
         if self.vision_feature_layer is None:

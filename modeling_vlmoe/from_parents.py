@@ -8,6 +8,7 @@ from .configuration_vlmoe import sparse_fields
 from .connector import VLMoEConnector
 from .image_inputs import find_form
 from .recorders import install_recorders
+from .text_head import find_head
 from .towers import make_sparse, mark_initialized
 
 VISION_TOWERS = ("vision_model", "vision_tower", "visual")  # what a ViT is called inside a larger model
@@ -57,7 +58,7 @@ def adopt_parents(model: Any, text: Any, vision: Any, experts_implementation: st
         if moe is not None:
             make_sparse(tower, moe, experts_implementation, copy=True)
         setattr(body, name, tower)
-    model.lm_head = text.get_output_embeddings()
+    _, model.lm_head = find_head(text)
     mark_initialized(model.lm_head)
     body.connector = VLMoEConnector(config).to(text.dtype).to(text.device)
     model.generation_config = text.generation_config

@@ -24,6 +24,11 @@ from torch import Tensor
 from .configuration_vlmoe import VLMoEConfig, feature_layers, merges_patches
 
 
+def is_named(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter is one argument, not what is left over."""
+    return parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+
+
 @dataclass(frozen=True)
 class ImageForm:
     """One way to give images to a ViT.
@@ -33,7 +38,9 @@ class ImageForm:
         sizes: what image processors call the images' sizes, (images, 2 or 3), height and width last; None: all images
             have one size.
         arguments: the ViT's argument for each of the image processor's results beside `pixel_values`.
-        side: the attribute of the vision configuration that says how many units of `sizes` a token is wide; None: 1.
+        side: the attribute of the vision configuration that says how many units of `sizes` a token is wide, where
+            the ViT itself joins them; None: 1.
+        is_merged: whether a token is wider than one unit only in a ViT that merges patches.
         is_padded: whether features are (images, most tokens, width), those of each image first; else they are those of
             all images in one row.
     """
@@ -42,18 +49,30 @@ class ImageForm:
     sizes: str | None = None
     arguments: Mapping[str, str] = field(default_factory=dict)
     side: str | None = None
+    is_merged: bool = False
     is_padded: bool = False
 
     def token_side(self, vision_config: Any) -> int:
         """How many units of `sizes` a token is wide."""
-        return 1 if self.side is None else getattr(vision_config, self.side)
+        is_apart = self.is_merged and not merges_patches(vision_config)  # as LFM3-VL's, whose connector merges
+        return 1 if self.side is None or is_apart else getattr(vision_config, self.side)
+
+    def missing_arguments(self, tower_class: type) -> list[str]:
+        """What the `forward` of a ViT must be given that is neither pixels nor of this form."""
+        known = {"self", *PIXELS, *self.arguments.values()}
+        parameters = inspect.signature(tower_class.forward).parameters.values()  # type: ignore[attr-defined]
+        return [one.name for one in parameters if one.name not in known and one.default is one.empty and is_named(one)]
 
 
+PIXELS = ("pixel_values", "hidden_states")  # what ViTs call the argument that the pixels are
 CHANNELS = ("num_channels", "in_channels")  # what vision configurations call the number of an image's channels
+FRAMES = ("temporal_patch_size", "patch_temporal")  # what they call the number of frames that a patch spans
 ONE_SIZE = ImageForm("images of one size")
 FORMS = (
     # Qwen2.5-VL and later: (patches of all images, values of a patch), sizes in patches, 2 x 2 of which are merged.
-    ImageForm("packed patches", "image_grid_thw", {"image_grid_thw": "grid_thw"}, side="spatial_merge_size"),
+    ImageForm(
+        "packed patches", "image_grid_thw", {"image_grid_thw": "grid_thw"}, side="spatial_merge_size", is_merged=True
+    ),
     # SigLIP2 NaFlex: (images, most patches, values of a patch), sizes in patches.
     ImageForm(
         "padded patches",
@@ -188,6 +207,11 @@ def read_features(
     return features, counts
 
 
+def patch_frames(vision_config: Any) -> int:
+    """How many frames of a video one patch spans; an image is repeated so often."""
+    return next((frames for name in FRAMES if (frames := getattr(vision_config, name, None))), 1)
+
+
 def blank_image(form: ImageForm, vision_config: Any) -> dict[str, Tensor]:
     """The smallest image that a ViT takes, black, as its image processor would give it.
 
@@ -206,7 +230,7 @@ def blank_image(form: ImageForm, vision_config: Any) -> dict[str, Tensor]:
     patch, side = vision_config.patch_size, form.token_side(vision_config)
     if form.sizes == "image_sizes":
         return {"pixel_values": torch.zeros(1, channels, side, side), "image_sizes": torch.tensor([[side, side]])}
-    values = channels * patch * patch * getattr(vision_config, "temporal_patch_size", 1)
+    values = channels * patch * patch * patch_frames(vision_config)
     if form.is_padded:
         return {
             "pixel_values": torch.zeros(1, 1, values),

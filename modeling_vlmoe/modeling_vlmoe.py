@@ -4,6 +4,7 @@
 `lm_head` is outside, and what the dense LLM does to its head's logits is repeated after it.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .blank_image import encode_nothing, needs_blank_image
 from .companions import read_companions, replace_host_card, write_companions
 from .configuration_vlmoe import PARTS, VLMoEConfig
 from .connector import VLMoEConnector
+from .context_keywords import context_kwargs
 from .expert_precision import warn_of_full_experts
 from .from_parents import adopt_parents, load_parents
 from .image_inputs import check_strategy, find_form, read_features, tower_arguments
@@ -29,9 +31,8 @@ from .model_outputs import (
 )
 from .recorders import install_recorders, make_recorders_picklable, register_recorders
 from .router_losses import UNSEEN, FollowedLoss, RouterContext, follow_loss, warn_unfollowed, weighted_mean
+from .text_head import apply_head_maths, find_head
 from .towers import (
-    apply_head_maths,
-    context_kwargs,
     init_sparse_weights,
     make_sparse,
     num_prefix_tokens,
@@ -79,6 +80,7 @@ class VLMoEPreTrainedModel(PreTrainedModel):
             model.companions = read_companions(pretrained_model_name_or_path, **kwargs)
         if hasattr(model, "hf_device_map"):
             skip_pooling(model.base_model.vision_tower)
+        compute_buffers(model)
         warn_of_full_experts(model)
         return loaded
 
@@ -101,6 +103,19 @@ class VLMoEPreTrainedModel(PreTrainedModel):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         register_recorders(self)
+
+
+def compute_buffers(model: nn.Module) -> None:
+    """Lets a tower give its layers' buffers their values, where it does so as a whole (Falcon-H1).
+
+    The host leaves that out below code that is not its own, where the tower has no parameter of itself (transformers
+    5.23, `_initialize_weights`). What has been loaded stays.
+    """
+    for module in model.modules():
+        if isinstance(module, VLMoEPreTrainedModel) or not isinstance(module, PreTrainedModel):
+            continue
+        if not list(module.parameters(recurse=False)):
+            type(module)._init_weights(module, module)
 
 
 def _build_tower(config: Any, moe: Any) -> PreTrainedModel:
@@ -391,7 +406,7 @@ class VLMoEModel(VLMoEPreTrainedModel):
         image_logits = image if output_router_logits and image is not None else {}
         return VLMoEModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_features,
@@ -426,8 +441,15 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
     def __init__(self, config: VLMoEConfig):
         super().__init__(config)
         self.model = VLMoEModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
+        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{self._embedding_name()}.weight"}
         self.post_init()
+
+    def _embedding_name(self) -> str:
+        """What the LLM calls its token embedding."""
+        wanted = self.get_input_embeddings()
+        return next(name for name, module in self.model.language_model.named_modules() if module is wanted)
 
     @classmethod
     def from_vision_text_pretrained(
@@ -465,6 +487,7 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
             vision_moe=vision_moe,
             connector_moe=connector_moe,
             image_token_id=image_token_id,
+            lm_head_bias=find_head(text)[1].bias is not None,
         )
         config.dtype = text.dtype
         with torch.device("meta"):
@@ -475,6 +498,12 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
     def _supports_mm_encoder_outputs(self) -> bool:
         # `generate` encodes images before forward, where FSDP has not gathered the tower's weights yet.
         return not isinstance(self, FSDPModule)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+        # An LLM without a cache (GPT-1), or with one of its own kind (xLSTM), reads the whole sequence at each step.
+        if "past_key_values" not in inspect.signature(self.model.language_model.forward).parameters:
+            generation_config.use_cache = model_kwargs["use_cache"] = False
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

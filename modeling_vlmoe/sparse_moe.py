@@ -9,7 +9,6 @@ Shapes: T tokens, D model width, O output width (D but for the connector), F exp
 """
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,17 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
-from .mlp_layouts import MLPLayout, find_activation, find_layout, is_biased
+from .mlp_layouts import (
+    MLPLayout,
+    adds_residual,
+    find_activation,
+    find_inner_norm,
+    find_layout,
+    in_features,
+    is_biased,
+    out_features,
+    output_dropout,
+)
 from .router_losses import RouterContext, RouterLosses
 
 
@@ -63,8 +72,10 @@ class Experts(nn.Module):
     Args:
         config: the configuration whose `experts_implementation` chooses the kernel.
         num_experts: E.
-        dense_mlp: gives layout, widths, biases and activation; its weights are not kept.
+        dense_mlp: gives layout, widths, biases and activation; its weights are not kept, but those of its activation
+            and of a norm before its last Linear are, which all experts share.
         intermediate_size: F, where it is not the dense MLP's.
+        layout: the dense MLP's, where it is known.
     """
 
     gate_up_proj: Tensor
@@ -81,28 +92,40 @@ class Experts(nn.Module):
     is_transposed: bool
     is_concatenated: bool
     _is_expert_parallel: bool
-    _apply_gate: Callable[[Tensor], Tensor]
 
     def __init__(
-        self, config: PreTrainedConfig, num_experts: int, dense_mlp: nn.Module, intermediate_size: int | None = None
+        self,
+        config: PreTrainedConfig,
+        num_experts: int,
+        dense_mlp: nn.Module,
+        intermediate_size: int | None = None,
+        layout: MLPLayout | None = None,
     ):
         super().__init__()
-        layout = find_layout(dense_mlp, "the dense MLP")
-        down = getattr(dense_mlp, layout.down)
+        layout = find_layout(dense_mlp, "the dense MLP", layout)
+        down: Any = dense_mlp.get_submodule(layout.down)
         self.num_experts = num_experts
         self.is_gated, self.is_biased = layout.is_gated, is_biased(dense_mlp, layout)
-        self.act_fn = find_activation(dense_mlp, "the dense MLP")
-        width = getattr(dense_mlp, layout.inputs[0]).in_features
-        self.intermediate_size = intermediate_size or down.in_features
+        self.act_fn = find_activation(dense_mlp, "the dense MLP", layout)
+        self.inner_norm = find_inner_norm(dense_mlp)
+        self.gate_multiplier = getattr(dense_mlp, "gate_multiplier", None)  # Falcon-H1
+        self.limit = getattr(dense_mlp, "swiglu_limit", None)  # GLM-5's ViT
+        width = in_features(dense_mlp.get_submodule(layout.inputs[0]))
+        self.intermediate_size = intermediate_size or in_features(down)
+        if self.inner_norm is not None and self.intermediate_size != in_features(down):
+            raise ValueError(
+                f"moe_intermediate_size is {self.intermediate_size}, but the dense MLP has a norm of width "
+                f"{in_features(down)} before its last Linear. Leave moe_intermediate_size out."
+            )
         num_rows = self.intermediate_size * (2 if self.is_gated else 1)
         # In the order of their names: PEFT numbers the adapters of a module in the order in which it finds weights,
         # which is this one, and of packed weights that of their names (0.21). An adapter is to fit both.
         shapes: dict[str, tuple[int, ...]] = {
-            "down_proj": (down.out_features, self.intermediate_size),
+            "down_proj": (out_features(down), self.intermediate_size),
             layout.input_stack: (num_rows, width),
         }
         if self.is_biased:
-            shapes |= {f"{layout.input_stack}_bias": (num_rows,), "down_proj_bias": (down.out_features,)}
+            shapes |= {f"{layout.input_stack}_bias": (num_rows,), "down_proj_bias": (out_features(down),)}
         for name, shape in shapes.items():
             tensor = torch.empty(num_experts, *shape, dtype=down.weight.dtype, device=down.weight.device)
             self.register_parameter(name, nn.Parameter(tensor))
@@ -127,7 +150,7 @@ class Experts(nn.Module):
         Raises:
             ValueError: if the experts are not as wide as the dense MLP.
         """
-        dense_width = getattr(dense_mlp, layout.down).in_features
+        dense_width = in_features(dense_mlp.get_submodule(layout.down))
         if self.intermediate_size != dense_width:
             raise ValueError(
                 f"moe_intermediate_size is {self.intermediate_size}, but the dense MLP is {dense_width} wide; a copy "
@@ -135,7 +158,20 @@ class Experts(nn.Module):
                 "the width. Leave moe_intermediate_size out."
             )
         for name, sources in layout.expert_sources(self.is_biased).items():
-            getattr(self, name).copy_(torch.cat([dense_mlp.get_parameter(source) for source in sources]))
+            tensors = [dense_mlp.get_parameter(source) for source in sources]
+            getattr(self, name).copy_(
+                torch.cat([one.mT if layout.is_transposed and one.ndim == 2 else one for one in tensors])
+            )
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        """From (rows, 2F) to (rows, F), as the dense MLP does it; the host's kernels call it."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        if self.gate_multiplier is not None:
+            gate = gate * self.gate_multiplier
+        hidden = self.act_fn(gate) * up
+        return hidden if self.inner_norm is None else self.inner_norm(hidden)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The plain loop over experts: the reference that the host's kernels are compared with.
@@ -199,7 +235,12 @@ class _WidenedExperts:
             self.up_proj, self.up_proj_bias = stack, bias
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        return self.experts._apply_gate(gate_up)
+        if self.experts.inner_norm is None:
+            return self.experts._apply_gate(gate_up)
+        width = self.experts.intermediate_size  # the norm is not to see the zeros
+        gate, up = gate_up.chunk(2, dim=-1)
+        hidden = self.experts._apply_gate(torch.cat([gate[..., :width], up[..., :width]], dim=-1))
+        return F.pad(hidden, (0, gate.shape[-1] - width))
 
 
 class PaddedExperts(Experts):
@@ -219,20 +260,30 @@ class PaddedExperts(Experts):
         return kernel(widened, hidden_states, top_k_index, top_k_weights)[:, : self.down_proj.shape[1]]
 
 
-def build_shared_expert(dense_mlp: nn.Module, width: int) -> nn.Module:
-    """A dense MLP of the same kind and of this width, with new weights."""
-    layout = find_layout(dense_mlp, "the dense MLP")
+def build_shared_expert(dense_mlp: nn.Module, layout: MLPLayout, width: int) -> nn.Module:
+    """A dense MLP of the same kind and of this width, with new weights.
+
+    Raises:
+        ValueError: if the dense MLP is no module of its own, or does more than an MLP.
+    """
+    is_own_module = layout.block is None and not any("." in name for name in layout.linears)
+    if not is_own_module or adds_residual(dense_mlp, layout) or find_inner_norm(dense_mlp) is not None:
+        raise ValueError(
+            f"num_shared_experts is 1, but the dense MLP ({type(dense_mlp).__name__}, {layout}) cannot be built at "
+            "another place or width: it is spread over its layer, adds the residual, or holds a norm. Leave "
+            "num_shared_experts out."
+        )
     shared = copy.deepcopy(dense_mlp)
     for name in layout.linears:
-        dense: nn.Linear = getattr(dense_mlp, name)
+        dense: Any = getattr(dense_mlp, name)
         is_down = name == layout.down
-        rows = dense.out_features if is_down else width * (2 if name == layout.gate_up else 1)
+        rows = out_features(dense) if is_down else width * (2 if name == layout.gate_up else 1)
         like: dict[str, Any] = {
             "bias": dense.bias is not None,
             "dtype": dense.weight.dtype,
             "device": dense.weight.device,
         }
-        setattr(shared, name, nn.Linear(width if is_down else dense.in_features, rows, **like))
+        setattr(shared, name, nn.Linear(width if is_down else in_features(dense), rows, **like))
     return shared
 
 
@@ -247,27 +298,39 @@ class SparseMoE(nn.Module):
         moe: the part's `MoEConfig`.
         dense_mlp: the MLP whose place it takes; gives layout, widths, biases and activation.
         num_layers: sparse layers of the part.
+        layout: the dense MLP's, where it is known.
     """
 
-    def __init__(self, config: PreTrainedConfig, moe: Any, dense_mlp: nn.Module, num_layers: int):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        moe: Any,
+        dense_mlp: nn.Module,
+        num_layers: int,
+        layout: MLPLayout | None = None,
+    ):
         super().__init__()
-        layout = find_layout(dense_mlp, "the dense MLP")
-        width, down = getattr(dense_mlp, layout.inputs[0]).in_features, getattr(dense_mlp, layout.down)
-        widths = (width, moe.moe_intermediate_size or down.in_features)
-        is_regular = width == down.out_features and all(one == _aligned(one) for one in widths)
+        layout = find_layout(dense_mlp, "the dense MLP", layout)
+        down: Any = dense_mlp.get_submodule(layout.down)
+        width = in_features(dense_mlp.get_submodule(layout.inputs[0]))
+        widths = (width, moe.moe_intermediate_size or in_features(down))
+        is_regular = width == out_features(down) and all(one == _aligned(one) for one in widths)
         experts_class = Experts if is_regular else PaddedExperts
-        self.experts: Experts = experts_class(config, moe.num_experts, dense_mlp, moe.moe_intermediate_size)
+        self.experts: Experts = experts_class(config, moe.num_experts, dense_mlp, moe.moe_intermediate_size, layout)
         # The host's decorator sets these two after __init__, per class; here gate and bias differ per instance.
         self.experts.has_gate, self.experts.has_bias = self.experts.is_gated, self.experts.is_biased
         self.router = Router(width, moe).to(self.experts.down_proj.device)
         self.shared_expert: nn.Module | None = None
         if moe.num_shared_experts:
             shared_width = moe.shared_expert_intermediate_size or self.experts.intermediate_size
-            self.shared_expert = build_shared_expert(dense_mlp, shared_width)
+            self.shared_expert = build_shared_expert(dense_mlp, layout, shared_width)
             like: dict[str, Any] = {"dtype": down.weight.dtype, "device": down.weight.device}
             self.shared_expert_gate = nn.Linear(width, 1, bias=False, **like)
         self.losses = RouterLosses(num_layers)
         self.context: RouterContext | None = None
+        # What the dense MLP does to its result.
+        self.multiplier = getattr(dense_mlp, "down_multiplier", None)  # Falcon-H1
+        self.output_dropout = nn.Dropout(output_dropout(dense_mlp, layout))
 
     def routed(self, hidden_states: Tensor, context: RouterContext | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Maps (..., D) to (..., O); the detached router logits (T, E) and, in training, the (balance, z) losses come
@@ -278,10 +341,15 @@ class SparseMoE(nn.Module):
         is_trained = any(parameter.requires_grad for parameter in self.router.parameters())
         logits_TE, weight_TK, losses = self.losses(logits_TE, weight_TK, expert_TK, context, is_trained)
         out_TO = self.experts(x_TD, expert_TK, weight_TK)
+        if self.multiplier is not None:
+            out_TO = out_TO * self.multiplier
+        out_TO = self.output_dropout(out_TO)
+        out = out_TO.reshape(*hidden_states.shape[:-1], -1)
         if self.shared_expert is not None:
-            out_TO = out_TO + torch.sigmoid(self.shared_expert_gate(x_TD)) * self.shared_expert(x_TD)
-        return out_TO.reshape(*hidden_states.shape[:-1], -1), logits_TE, losses
+            out = out + torch.sigmoid(self.shared_expert_gate(hidden_states)) * self.shared_expert(hidden_states)
+        return out, logits_TE, losses
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Maps (..., D) to (..., O), as the dense MLP did."""
-        return self.routed(hidden_states, self.context)[0]
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Maps (..., D) to (..., O), as the dense MLP did; where that was given a residual, it is added."""
+        out = self.routed(hidden_states, self.context)[0]
+        return out if residual is None else out + residual

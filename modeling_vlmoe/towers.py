@@ -11,32 +11,37 @@ The chosen layers get a derived class too, which hands the router its context in
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
-from .mlp_layouts import MLP_NAMES, MLPLayout, find_layout
+from .context_keywords import CONTEXT, RECORDED, check_runs_once, is_recorded, run_sparse_tower, takes_keywords
+from .mlp_layouts import ACTIVATION_NAMES, MLP_NAMES, MLPLayout, find_layout, find_spread_layout
 from .recorders import forget_recorders, make_recorders_picklable, register_recorders
-from .router_losses import RouterContext, RouterLosses
+from .router_losses import RouterLosses
 from .sparse_moe import Experts, Router, SparseMoE
 
-LAYER_LISTS = ("layers", "encoder.layers", "encoder.layer", "model.layer", "transformer.layers", "h", "blocks")
+LAYER_LISTS = (
+    "layers",
+    "encoder.layers",
+    "encoder.layer",
+    "decoder.layers",
+    "model.layer",
+    "vision_encoder.layers",
+    "transformer.layers",
+    "h",
+    "blocks",
+    "layer",
+)
 # Parameters of a ViT that are tokens before its patches: (tokens, width) or (width,).
 PREFIX_TOKENS = ("class_embedding", "cls_token", "distillation_token", "register_tokens")
-# The keyword by which a layer receives the router's context.
-CONTEXT = "router_context"
-# What a dense LM does to its head's logits, keyed on the configuration attribute that holds the number.
-HEAD_MATHS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,  # Gemma-2, Gemma-3
-    "logits_scaling": lambda logits, scale: logits / scale,  # Granite
-    "logit_scale": lambda logits, scale: logits * scale,  # Cohere
-    "lm_head_multiplier": lambda logits, scale: logits * scale,  # Falcon-H1
-}
+# A whole MLP in LW-DETR, half of one in BERT.
+OTHER_MLP_NAME = "intermediate"
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class DenseMLP:
     """A dense MLP in a tower.
 
     Attributes:
-        path: its name in the tower, "layers.0.mlp".
+        path: where its experts go: its name in the tower, "layers.0.mlp".
         layer: the module that holds it.
         attribute: the layer's attribute.
         layout: how it is written.
@@ -57,7 +62,25 @@ class DenseMLP:
 
     @property
     def module(self) -> nn.Module:
-        return getattr(self.layer, self.attribute)
+        """The module that the layout's names are children of: the MLP; the layer, where it is spread over that."""
+        return self.layer if self.layout.block else getattr(self.layer, self.attribute)
+
+    @property
+    def source(self) -> str:
+        """The path of `module` in the tower."""
+        return self.layout.source_path(self.path)
+
+    def replace(self, block: nn.Module) -> None:
+        """Puts a block in its place; where it is spread over the layer, the layer's other pieces pass on what it
+        gives.
+        """
+        setattr(self.layer, self.attribute, block)
+        if self.layout.block:
+            holder, _, down = self.layout.down.rpartition(".")
+            setattr(self.layer.get_submodule(holder), down, nn.Identity())
+            for name in ACTIVATION_NAMES:
+                if hasattr(self.layer, name):
+                    setattr(self.layer, name, nn.Identity())
 
 
 def tower_layers(tower: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -79,6 +102,14 @@ def tower_layers(tower: nn.Module) -> tuple[str, nn.ModuleList]:
     )
 
 
+def layer_holders(tower: nn.Module) -> list[Any]:
+    """The tower, and models inside it that hold its layers (OPT's decoder): each initialises what is in it."""
+    path, _ = tower_layers(tower)
+    names = path.split(".")
+    outer = [tower.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
+    return [module for module in outer if isinstance(module, PreTrainedModel)]
+
+
 def find_dense_mlp(tower: nn.Module, index: int) -> DenseMLP:
     """The dense MLP of one layer.
 
@@ -88,12 +119,17 @@ def find_dense_mlp(tower: nn.Module, index: int) -> DenseMLP:
     path, layers = tower_layers(tower)
     where, layer = f"{path}.{index}", layers[index]
     names = [name for name in MLP_NAMES if isinstance(getattr(layer, name, None), nn.Module)]
+    spread = None if names else find_spread_layout(layer)
+    if spread is not None and spread.block is not None:
+        names = [spread.block]
+    elif not names and isinstance(getattr(layer, OTHER_MLP_NAME, None), nn.Module):
+        names = [OTHER_MLP_NAME]
     if len(names) != 1:
         children = ", ".join(name for name, _ in layer.named_children())
         raise ValueError(
             f"{type(tower).__name__}: {where} has no MLP that matches: expected exactly one of "
             f"{', '.join(MLP_NAMES)}, found "
-            f"{names or 'none'} among its children {children}."
+            f"{names or 'none'} among its children {children}. Leave this layer out of `layers`."
         )
     mlp = getattr(layer, names[0])
     if isinstance(mlp, SparseMoE) or hasattr(mlp, "experts"):
@@ -102,11 +138,10 @@ def find_dense_mlp(tower: nn.Module, index: int) -> DenseMLP:
             "Leave this layer out of `layers`, or give a dense tower."
         )
     try:
-        layout = find_layout(mlp, f"{where}.{names[0]}")
+        layout = find_layout(mlp if spread is None else layer, f"{where}.{names[0]}", spread)
     except ValueError as error:
-        raise ValueError(
-            f"{type(tower).__name__}: {where} has no MLP that matches: {error} Leave this layer out of `layers`."
-        ) from error
+        said = f"{type(tower).__name__}: {where} has no MLP that matches: {error}"  # which says what to do
+        raise ValueError(said) from error
     return DenseMLP(f"{where}.{names[0]}", layer, names[0], layout)
 
 
@@ -117,8 +152,10 @@ def sparse_blocks(module: nn.Module) -> list[tuple[str, SparseMoE]]:
 
 def num_prefix_tokens(tower: nn.Module) -> int:
     """How many tokens the ViT puts before its patches: class and distillation tokens, registers."""
-    named = ((name.rpartition(".")[2], parameter) for name, parameter in tower.named_parameters())
-    return sum(math.prod(parameter.shape[:-1]) for name, parameter in named if name in PREFIX_TOKENS)
+    pieces = [(name.split("."), parameter) for name, parameter in tower.named_parameters()]
+    # AIMv2's pooling head has a token of its own, behind the patches.
+    found = [parameter for path, parameter in pieces if path[-1] in PREFIX_TOKENS and "head" not in path]
+    return sum(math.prod(parameter.shape[:-1]) for parameter in found)
 
 
 def skip_pooling(tower: Any) -> None:
@@ -131,20 +168,19 @@ def skip_pooling(tower: Any) -> None:
         tower.use_head = False
 
 
-def apply_head_maths(config: PreTrainedConfig, logits: Tensor) -> Tensor:
-    """What the dense LM of this text configuration does to `lm_head(hidden_states)`; most do nothing."""
-    for name, maths in HEAD_MATHS.items():
-        if value := getattr(config, name, None):
-            logits = maths(logits, value)
-    return logits
-
-
 def init_sparse_weights(module: nn.Module, std: float) -> None:
     """Initialises a router or a stack of experts; other modules are left alone."""
     if isinstance(module, Router):
         module.reset_parameters()
     elif isinstance(module, Experts):
         module.reset_parameters(std)
+
+
+def can_split(experts: Experts) -> bool:
+    """Whether processes may hold some columns of every expert each: what they compute is then summed, so that nothing
+    may be added or normalised after the split.
+    """
+    return experts.is_gated and not experts.is_biased and experts.inner_norm is None
 
 
 _SPARSE_CLASSES: dict[type, type] = {}
@@ -191,11 +227,15 @@ def sparse_layer_class(dense_class: Any) -> type:
     """A layer that takes the router's context from its keywords and gives it to its block.
 
     Keywords are what gradient checkpointing repeats when it runs a layer again (the host checkpoints `forward`, so a
-    hook on the layer would not run again; transformers 5.23).
+    hook on the layer would not run again; transformers 5.23). Where a tower gives its layers no keywords of its own
+    caller (BLOOM, Falcon, MPT; the ViTs of Idefics3, InternVL and SAM), the context is left on the layer for the pass.
     """
 
     def forward(self, *args, **kwargs):
         context = kwargs.pop(CONTEXT, None)
+        if context is None and self.left_context is not None:
+            context = self.left_context
+            check_runs_once(self, context)
         if context is None:
             return dense_class.forward(self, *args, **kwargs)
         block = getattr(self, self.sparse_attribute)
@@ -205,7 +245,7 @@ def sparse_layer_class(dense_class: Any) -> type:
         finally:
             block.context = None
 
-    return _derived(dense_class, {"forward": forward})
+    return _derived(dense_class, {"forward": forward, "left_context": None, "is_run_again": False})
 
 
 def sparse_tower_class(dense_class: Any) -> type:
@@ -226,7 +266,7 @@ def sparse_tower_class(dense_class: Any) -> type:
             self._ep_plan |= {f"{mlp}.experts.{name}": "grouped_gemm" for name in names}
             self._ep_plan[f"{mlp}.experts"] = "ep_dispatch_experts"
             # A row-wise split would add the down bias once per process, and needs a tower that is split around it.
-            if self._tp_plan and block.experts.is_gated and not block.experts.is_biased:
+            if self._tp_plan and can_split(block.experts):
                 self._tp_plan |= {
                     f"{mlp}.experts.gate_up_proj": "packed_colwise",
                     f"{mlp}.experts.down_proj": "rowwise",
@@ -241,15 +281,21 @@ def sparse_tower_class(dense_class: Any) -> type:
             "MLPs. Save the whole vision-language model."
         )
 
+    @wraps(dense_class.forward)
+    def forward(self, *args, **kwargs):
+        return run_sparse_tower(self, dense_class.forward, *args, **kwargs)
+
     no_split = list(dense_class._no_split_modules or [])
     members = {
+        "forward": forward,
+        "_is_recorded": is_recorded(dense_class),
+        "_takes_keywords": takes_keywords(dense_class),
         "_init_weights": _init_weights,
         "init_parallel_plans": init_parallel_plans,
         "save_pretrained": save_pretrained,
         "_can_record_outputs": {
             **(dense_class._can_record_outputs or {}),
-            "router_logits": OutputRecorder(RouterLosses, index=0),
-            "router_losses": OutputRecorder(RouterLosses, index=2),
+            **{name: OutputRecorder(RouterLosses, index=index) for name, index in RECORDED.items()},
         },
         # The host answers these two by searching the source file of the class.
         "_can_set_experts_implementation": classmethod(lambda cls: True),
@@ -278,11 +324,12 @@ def make_sparse(
     """
     mlps = [find_dense_mlp(tower, index) for index in moe.layers]
     sparse_class: Any = sparse_tower_class(type(tower))
-    tower.__class__ = sparse_class
+    for holder in layer_holders(tower):
+        holder.__class__ = sparse_tower_class(type(holder))
     # A dense tower's configuration says "eager" by the time it is built, so the request is handed in.
     tower.config._experts_implementation_internal = tower.get_correct_experts_implementation(experts_implementation)
     for mlp in mlps:
-        block = SparseMoE(tower.config, moe, mlp.module, len(mlps))
+        block = SparseMoE(tower.config, moe, mlp.module, len(mlps), mlp.layout)
         if copy:
             if moe.num_shared_experts:
                 raise ValueError(
@@ -291,7 +338,7 @@ def make_sparse(
                 )
             block.experts.copy_dense(mlp.module, mlp.layout)
             mark_initialized(block.experts)
-        setattr(mlp.layer, mlp.attribute, block)
+        mlp.replace(block.train(tower.training))
         mlp.layer.__class__ = sparse_layer_class(type(mlp.layer))
         mlp.layer.sparse_attribute = mlp.attribute
     forget_recorders(tower)  # hooks that are in already would miss the new blocks
@@ -308,8 +355,3 @@ def mark_initialized(module: nn.Module) -> None:
     for child in module.modules():
         for marked in (child, *child.parameters(recurse=False)):
             setattr(marked, "_is_hf_initialized", True)  # noqa: B010 (the host's mark, unknown to type checkers)
-
-
-def context_kwargs(context: RouterContext | None) -> dict[str, Any]:
-    """The keywords for a tower's forward that bring its sparse layers their context and report their losses."""
-    return {} if context is None else {CONTEXT: context, "output_router_losses": True}

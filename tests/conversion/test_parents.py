@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_vlmoe.conversion import UpcycleArguments, upcycle
 from modeling_vlmoe.conversion.planning import plan_upcycle
+from modeling_vlmoe.mlp_layouts import LAYOUTS
 from tests import tiny
 
 
@@ -227,20 +228,15 @@ def test_a_chat_template_that_is_left_out_is_named(arguments, copied, caplog):
     assert "only the default is kept, not tool_use" in caplog.text
 
 
-def test_raises_when_the_vit_has_no_known_mlp(refuses, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vit")
-    AutoModel.from_config(AutoConfig.for_model("data2vec-vision", **tiny.VISION_FIELDS)).save_pretrained(folder)
-    tiny.image_processor("siglip").save_pretrained(folder)
-    refuses(r"Data2VecVisionModel: encoder.layer.1 has no MLP that matches", vision_model=folder, vision_experts=4)
+def test_raises_when_the_vit_has_no_known_mlp(refuses, copied, monkeypatch):
+    monkeypatch.setattr("modeling_vlmoe.mlp_layouts.LAYOUTS", LAYOUTS[:1])
+    said = r"SiglipVisionModel: encoder.layers.1 has no MLP that matches: .*\[fc1 \(24 to 40\), fc2 \(40 to 24\)\]"
+    refuses(said, vision_model=copied("siglip"), vision_experts=4)
 
 
-def test_raises_when_a_tower_has_no_list_of_layers(refuses, tmp_path_factory, monkeypatch):
-    monkeypatch.setattr("modeling_vlmoe.towers.LAYER_LISTS", ("layers", "blocks"))
-    folder = tmp_path_factory.mktemp("vit")
-    config = AutoConfig.for_model("dinov3_vit", hidden_size=24, num_hidden_layers=3, num_attention_heads=2)
-    AutoModel.from_config(config).save_pretrained(folder)
-    tiny.image_processor("siglip").save_pretrained(folder)
-    refuses(r"DINOv3ViTModel has no list of layers", vision_model=folder, vision_experts=4)
+def test_raises_when_a_tower_has_no_list_of_layers(refuses, copied, monkeypatch):
+    monkeypatch.setattr("modeling_vlmoe.towers.LAYER_LISTS", ("blocks",))
+    refuses(r"SiglipVisionModel has no list of layers", vision_model=copied("siglip"), vision_experts=4)
 
 
 def test_raises_when_a_tensor_is_missing(refuses, copied):
@@ -356,7 +352,7 @@ def dense_vlm(parents, tmp_path_factory):
         (
             "processor_config.json",
             lambda values: values["image_processor"].update(size={"height": 16, "width": 16}),
-            r"makes pixel values \(1, 3, 16, 16\) of a picture, but the ViT was built for images of 24",
+            r"makes pixel values \(1, 3, 16, 16\) of a picture, which the ViT, a SiglipVisionModel for images of 24",
         ),
         (
             "config.json",

@@ -23,7 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from modeling_vlmoe import VLMoEModel
 from modeling_vlmoe.servers import register_with_servers
 from modeling_vlmoe.sparse_moe import Experts
-from modeling_vlmoe.towers import HEAD_MATHS, sparse_blocks
+from modeling_vlmoe.text_head import HEAD_MATHS
+from modeling_vlmoe.towers import sparse_blocks
 from tests import native_llava, tiny
 from tests.models import ALL_SPARSE, EXPERTS, batch, gap, pixels, sparse_config, sparse_model
 
@@ -269,7 +270,8 @@ def test_a_sparse_vit_or_connector_is_of_other_sizes_than_servers_build():
 
 
 def test_heads_that_servers_do_not_repeat_are_known():
-    assert set(HEAD_MATHS) - SERVED_HEAD_MATHS == {"logits_scaling", "lm_head_multiplier"}
+    unserved = {"logits_scaling", "lm_head_multiplier", "logits_soft_cap", "output_logit_soft_cap"}
+    assert set(HEAD_MATHS) - SERVED_HEAD_MATHS == unserved
 
 
 def test_the_activation_that_servers_assume_is_the_models():

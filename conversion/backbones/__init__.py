@@ -1,0 +1,1 @@
+"""Which backbones of transformers can be upcycled: found out by upcycling a tiny one of each family."""

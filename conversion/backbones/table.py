@@ -1,0 +1,140 @@
+"""The table of backbones that was measured, as data and as a page. Reading it imports neither torch nor transformers.
+
+`backbones.json` is written by `vlmoe backbones --measure --write`; `docs/backbones.md` is rendered from it.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).with_name("backbones.json")
+PARTS = ("text", "vision")
+CONVERTED, REFUSED, SPARSE, OTHER = "converted", "refused", "already sparse", "not a decoder or ViT"
+KINDS = (CONVERTED, REFUSED, SPARSE, OTHER)
+NAMES = {"text": "LLMs", "vision": "ViTs"}
+LONGEST = 300  # letters of a reason in the page; the command gives the whole of it
+INTRODUCTION = """\
+# Backbones
+
+<!-- Rendered from conversion/backbones/backbones.json by `vlmoe backbones --measure --write`; do not edit. -->
+
+Every configuration that transformers {version} registers for `AutoModelForCausalLM`, or for a model that reads images,
+as `vlmoe backbones` prints it. A tiny model of each family, every parameter of it drawn wide, goes through the
+conversion: {text} text and {vision} vision families are converted. `vlmoe backbones FAMILY` says more about one, and
+with `--measure` measures it again on the transformers that is installed.
+
+The gap is the largest difference to the dense model, in standard deviations of its result; 1e-05 is allowed. Of an LLM
+it is that of the logits of the written checkpoint, loaded as a user loads it. Of a ViT it is that of everything the
+tower gives, made sparse in every layer, on whatever it reads; "in a model" is the gap of what it gives inside a
+written vision-language model; where it has not been in one, the reason follows.
+
+- **converted**: a tiny one was, within the gap.
+- **refused**: the reason is what the conversion says, on these tiny models.
+- **already sparse**: its configuration has experts of its own (`vlmoe import` keeps those of some families).
+- **not a decoder or ViT**: encoders, models with an encoder, models that are put together from others (give one of
+  these), convolutional and hierarchical networks.
+"""
+
+
+def read_table() -> dict[str, Any]:
+    """The measured table: `transformers`, its version, and `findings`, a list of rows."""
+    return json.loads(DATA.read_text(encoding="utf-8"))
+
+
+def write_table(version: str, findings: Iterable[dict[str, Any]], path: Path = DATA) -> None:
+    """Writes the table, one row to a line."""
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in findings)
+    path.write_text(f'{{"transformers": "{version}", "findings": [\n{rows}\n]}}\n', encoding="utf-8")
+
+
+def select(findings: Iterable[dict[str, Any]], part: str, kind: str) -> list[dict[str, Any]]:
+    """The rows of a part and a kind."""
+    return [row for row in findings if row["part"] == part and row["kind"] == kind]
+
+
+def show_gap(gap: float | None) -> str:
+    """A gap in two digits."""
+    return "" if gap is None else f"{gap:.1e}"
+
+
+def shorten(reason: str) -> str:
+    """A reason that fits into a page."""
+    return reason if len(reason) <= LONGEST else f"{reason[:LONGEST].rsplit(' ', 1)[0]} ..."
+
+
+def count_kinds(findings: Iterable[dict[str, Any]]) -> dict[str, Counter]:
+    """How many families of each part are of each kind."""
+    counts: dict[str, Counter] = {part: Counter() for part in PARTS}
+    for row in findings:
+        counts[row["part"]][row["kind"]] += 1
+    return counts
+
+
+def _rows(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return lines + [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+
+
+def _converted(part: str, rows: list[dict[str, Any]]) -> list[str]:
+    if part == "text":
+        of_text = [(row["family"], show_gap(row.get("gap")), row["layouts"]) for row in rows]
+        return _rows(("family", "gap of logits", "how its MLPs are written"), of_text)
+    cells = [
+        (row["family"], row["reads"], show_gap(row["gap"]), show_gap(row.get("whole")) or "-", row["layouts"])
+        for row in rows
+    ]
+    return _rows(("family", "reads", "gap of the tower", "in a model", "how its MLPs are written"), cells)
+
+
+def render_page(table: dict[str, Any]) -> str:
+    """The table as Markdown."""
+    findings = table["findings"]
+    counts = count_kinds(findings)
+    converted = {part: str(counts[part][CONVERTED]) for part in PARTS}
+    lines = [INTRODUCTION.format(version=table["transformers"], **converted)]
+    for part in PARTS:
+        for kind in KINDS:
+            rows = select(findings, part, kind)
+            if not rows:
+                continue
+            lines += [f"## {NAMES[part]}: {kind} ({len(rows)})", ""]
+            if kind == CONVERTED:
+                lines += _converted(part, rows)
+                if apart := [row for row in rows if row.get("reason")]:
+                    lines += ["", f"Of these, {len(apart)} have not been in a model, as `vlmoe upcycle` says:", ""]
+                    lines += _rows(("family", "why"), [(row["family"], shorten(row["reason"])) for row in apart])
+            else:
+                lines += _rows(("family", "why"), [(row["family"], shorten(row["reason"])) for row in rows])
+            lines.append("")
+    return "\n".join(lines)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """All that is known about one family."""
+    lines = [f"{row['family']} ({row['part']}): {row['kind']}"]
+    if "gap" in row:
+        lines.append(f"  gap {show_gap(row['gap'])} standard deviations")
+    if "layouts" in row:
+        lines.append(f"  MLPs: {row['layouts']}")
+    if "reads" in row:
+        lines.append(f"  reads {row['reads']}")
+    if row["part"] == "vision" and row["kind"] == CONVERTED:
+        whole = f"gap {show_gap(row['whole'])}" if "whole" in row else "not measured"
+        lines.append(f"  in a vision-language model: {whole}")
+    if "reason" in row:
+        lines.append(f"  {row['reason']}")
+    return "\n".join(lines)
+
+
+def render_list(table: dict[str, Any]) -> str:
+    """The table for a terminal: families by part and kind."""
+    lines = [f"Measured on transformers {table['transformers']}; `vlmoe backbones FAMILY` says more."]
+    for part in PARTS:
+        for kind in KINDS:
+            rows = select(table["findings"], part, kind)
+            if rows:
+                lines += ["", f"{NAMES[part]}: {kind} ({len(rows)})"]
+                lines.append("  " + " ".join(row["family"] for row in rows))
+    return "\n".join(lines)

@@ -1,0 +1,114 @@
+"""How the router's context reaches sparse layers, and what they give comes back, whatever keywords their tower knows.
+
+Most towers hand the keywords of their caller down to each layer, and record what modules give when a keyword asks for
+it. Where a tower does not, the context is left on its layers for the pass, and hooks record.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers.utils.output_capturing import capture_outputs
+
+from .router_losses import RouterContext, RouterLosses
+
+# The keyword by which a layer receives the router's context.
+CONTEXT = "router_context"
+# What a tower gives beside its own outputs, and where it stands in what `RouterLosses` gives.
+RECORDED = {"router_logits": 0, "router_losses": 2}
+
+
+def context_kwargs(context: RouterContext | None) -> dict[str, Any]:
+    """The keywords for a tower's forward that bring its sparse layers their context and report their losses."""
+    return {} if context is None else {CONTEXT: context, "output_router_losses": True}
+
+
+def check_runs_once(layer: Any, context: RouterContext) -> None:
+    """Refuses router losses where gradient checkpointing would run a layer again without them.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    if layer.is_run_again and any(context.coefficients):
+        raise ValueError(
+            f"{type(layer).__name__} is given no keywords by its tower, so that its router losses would be lost when "
+            "gradient checkpointing runs it again. Switch gradient checkpointing off, or set the part's "
+            "router_aux_loss_coef and router_z_loss_coef to 0."
+        )
+
+
+def takes_keywords(dense_class: Any) -> bool:
+    """Whether a tower's forward takes keywords that it does not name."""
+    parameters = inspect.signature(dense_class.forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def is_recorded(dense_class: Any) -> bool:
+    """Whether the host records what a tower's modules give, when it is asked to by a keyword."""
+    function: Any = dense_class.forward
+    while function is not None:
+        if function.__code__.co_qualname.startswith(capture_outputs.__name__):  # `wraps` renames the function alone
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+@contextmanager
+def left_on_layers(tower: nn.Module, context: RouterContext | None) -> Iterator[None]:
+    """Within it the tower's sparse layers find the context on themselves."""
+    layers: list[Any] = []
+    if context is not None:
+        layers = [layer for layer in tower.modules() if hasattr(layer, "sparse_attribute")]
+    is_run_again = any(getattr(module, "gradient_checkpointing", False) for module in tower.modules())
+    if is_run_again and context is not None and not any(context.coefficients):
+        layers = []  # nothing would be lost, and what runs again has to be what ran before
+    for layer in layers:
+        layer.left_context, layer.is_run_again = context, is_run_again
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.left_context = None
+
+
+@contextmanager
+def recorded(tower: nn.Module, names: list[str]) -> Iterator[dict[str, list[Any]]]:
+    """Within it what is asked for is recorded, by the names of the tower's outputs, without the host's recorder."""
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    if not names:
+        yield found
+        return
+
+    def record(module: nn.Module, args: tuple, output: tuple) -> None:
+        for name in names:
+            found[name].append(output[RECORDED[name]])
+
+    modules = [module for module in tower.modules() if isinstance(module, RouterLosses)]
+    handles = [module.register_forward_hook(record) for module in modules]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_sparse_tower(tower: Any, dense_forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """The dense class's forward with the router's keywords taken care of, whether or not it knows what to do with
+    them.
+    """
+    context, names = kwargs.get(CONTEXT), []
+    if not tower._is_recorded:
+        names = [name for name in RECORDED if kwargs.pop(f"output_{name}", False)]
+    if not tower._takes_keywords:
+        for name in (CONTEXT, *(f"output_{one}" for one in RECORDED)):
+            kwargs.pop(name, None)
+    if context is None and not names:
+        return dense_forward(tower, *args, **kwargs)
+    with left_on_layers(tower, context), recorded(tower, names) as found:
+        outputs = dense_forward(tower, *args, **kwargs)
+    for name, values in found.items():
+        if all(value is not None for value in values):
+            outputs[name] = tuple(values)
+    return outputs

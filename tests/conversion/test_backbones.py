@@ -1,0 +1,130 @@
+"""The table of backbones: it is what is measured, nothing is left out of it, and its page is rendered from it."""
+
+from pathlib import Path
+
+import pytest
+import transformers
+from typer.testing import CliRunner
+
+from modeling_vlmoe.cli import app
+from modeling_vlmoe.conversion.backbones.families import registered_families
+from modeling_vlmoe.conversion.backbones.measuring import measure
+from modeling_vlmoe.conversion.backbones.table import (
+    CONVERTED,
+    KINDS,
+    PARTS,
+    count_kinds,
+    read_table,
+    render_page,
+    select,
+    write_table,
+)
+from modeling_vlmoe.conversion.gaps import LIMIT
+
+PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"
+README = PAGE.parents[1] / "README.md"
+TABLE = read_table()
+ROWS = {(row["part"], row["family"]): row for row in TABLE["findings"]}
+# One of each kind, and of what is unusual; the slow run measures all.
+SAMPLE = [
+    ("text", "gpt2"),
+    ("text", "bitnet"),
+    ("text", "hyperclovax"),
+    ("text", "modernbert-decoder"),
+    ("text", "bert"),
+    ("text", "mixtral"),
+    ("vision", "dinov2"),
+    ("vision", "qwen2_5_vl_vision"),
+    ("vision", "siglip2_vision_model"),
+    ("vision", "resnet"),
+]
+needs_measured_version = pytest.mark.skipif(
+    transformers.__version__ != TABLE["transformers"], reason="the table is of another transformers"
+)
+
+
+def test_the_page_is_rendered_from_the_table():
+    assert PAGE.read_text(encoding="utf-8") == render_page(TABLE), (
+        "docs/backbones.md is stale: run `vlmoe backbones --measure --write docs/backbones.md`"
+    )
+
+
+def test_the_readme_counts_them():
+    counts = count_kinds(TABLE["findings"])
+    said = f"{counts['text'][CONVERTED]} LLMs and {counts['vision'][CONVERTED]} ViTs"
+    assert said in README.read_text(encoding="utf-8"), f"README.md should say: {said}"
+
+
+def test_enough_families_are_converted_and_the_others_have_a_reason():
+    counts = count_kinds(TABLE["findings"])
+    assert counts["text"][CONVERTED] >= 60
+    assert counts["vision"][CONVERTED] >= 45
+    for row in TABLE["findings"]:
+        assert row["kind"] in KINDS
+        assert row["gap"] <= LIMIT if row["kind"] == CONVERTED else row["reason"], row
+    for row in select(TABLE["findings"], "vision", CONVERTED):
+        assert row["whole"] <= LIMIT if "whole" in row else row["reason"], row
+
+
+@needs_measured_version
+@pytest.mark.parametrize("part", PARTS)
+def test_no_registered_family_is_left_out(part):
+    assert sorted(family for one, family in ROWS if one == part) == sorted(registered_families(part))
+
+
+def check_row(part, family):
+    wanted, found = ROWS[part, family], measure(family, part)
+    assert found.kind == wanted["kind"], found.reason
+    assert found.layouts == wanted.get("layouts", "")
+    assert (found.whole is None) == ("whole" not in wanted), found.reason
+
+
+@needs_measured_version
+@pytest.mark.parametrize(("part", "family"), SAMPLE)
+def test_a_family_is_as_the_table_says(part, family):
+    check_row(part, family)
+
+
+@pytest.mark.slow
+@needs_measured_version
+@pytest.mark.parametrize(("part", "family"), ROWS)
+def test_every_family_is_as_the_table_says(part, family):
+    check_row(part, family)
+
+
+def test_the_command_prints_the_table():
+    done = CliRunner().invoke(app, ["backbones"])
+    assert done.exit_code == 0
+    assert all(row["family"] in done.stdout for row in TABLE["findings"])
+
+
+def test_the_command_says_more_about_a_family():
+    done = CliRunner().invoke(app, ["backbones", "gpt2", "mamba"])
+    assert "gpt2 (text): converted" in done.stdout
+    assert "mamba (text): refused" in done.stdout
+    assert "layers.0 has no MLP that matches" in done.stdout
+
+
+def test_the_command_measures_a_family_again():
+    done = CliRunner().invoke(app, ["backbones", "mamba", "--measure"])
+    assert done.stdout.startswith("mamba (text): refused")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["no-such"], "has no text or vision backbone no-such"),
+        (["no-such", "--measure"], "has no text or vision family no-such"),
+        (["--write", "page.md"], "give it with --measure"),
+        (["gpt2", "--measure", "--write", "page.md"], "name no family"),
+    ],
+)
+def test_raises_when_it_is_asked_for_what_is_not_there(words, message):
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(app, ["backbones", *words], catch_exceptions=False)
+
+
+def test_a_table_comes_back_as_it_was_written(tmp_path):
+    write_table(TABLE["transformers"], TABLE["findings"], tmp_path / "table.json")
+    assert read_table() == TABLE
+    assert (tmp_path / "table.json").read_text(encoding="utf-8").count("\n") == len(TABLE["findings"]) + 2
