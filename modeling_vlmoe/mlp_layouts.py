@@ -124,6 +124,7 @@ LAYOUTS = (
     MLPLayout("proj_up", gate="proj_up_gate", up="proj_up", down="proj_down"),
     MLPLayout("proj_up, fused", gate_up="proj_up_gate_z", down="proj_down"),
     MLPLayout("linear_fc", up="linear_fc1", down="linear_fc2"),
+    MLPLayout("lin", up="lin1", down="lin2"),
     MLPLayout("sequential", up="0", down="2"),
     MLPLayout("in the layer", up="fc1", down="fc2", block="fc1"),
     MLPLayout("intermediate and output", up="intermediate.dense", down="output.dense", block="intermediate"),

@@ -31,6 +31,7 @@ FAMILIES = {
     "Wi, gated and fused": ("text", "modernbert-decoder", {}),
     "proj_up": ("text", "xlstm", {}),
     "linear_fc": ("vision", "qwen3_vl_vision", {}),
+    "lin": ("vision", "sam_vision_model", {}),
     "sequential": ("text", "ctrl", {}),
     "in the layer": ("text", "opt", {}),
     "intermediate and output": ("vision", "dpt", {}),
