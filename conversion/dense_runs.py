@@ -18,7 +18,7 @@ from modeling_vlmoe.configuration_vlmoe import feature_layers
 from modeling_vlmoe.image_inputs import find_form, read_features, tower_arguments
 
 from .dense_tensors import dense_model
-from .gaps import nudge
+from .gaps import LIMIT, measure_gap, nudge
 from .mapped_maths import mapped_maths
 from .mapping import PART_PREFIX
 from .meta_models import build_on_meta, fill_mapped
@@ -82,6 +82,13 @@ def dense_text(plan: UpcyclePlan, tokens: Tensor, dtype: torch.dtype | None) -> 
             return {"text logits": reference(input_ids=tokens, use_cache=False).logits}
 
     return DenseRun({"text": root}, dtype, results)
+
+
+def reads_ahead(plan: UpcyclePlan, tokens: Tensor) -> bool:
+    """Whether the dense LLM's logits of tokens, (1, sequence), depend on later ones."""
+    changed = torch.cat([tokens[:, :-1], tokens[:, :1]], dim=1)
+    before, after = (next(iter(dense_text(plan, ids, plan.dtype)().values()))[:, :-1] for ids in (tokens, changed))
+    return measure_gap(before, after) > LIMIT
 
 
 def image_results(

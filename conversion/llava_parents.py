@@ -30,7 +30,7 @@ def check_llava_head(given: str, config: Any) -> None:
     if named := list(head_maths(config.text_config)):
         raise ValueError(
             f"--vlm-model {given}: its LLM's configuration names maths of the head ({', '.join(named)}) that LLaVA "
-            "leaves out and a vlmoe model would compute. Remove these fields from its config.json."
+            "leaves out and a vlmoe model would compute. Set these fields to null in its config.json."
         )
 
 

@@ -155,6 +155,11 @@ def check_text(given: str, config: PreTrainedConfig) -> None:
             f"--text-model {given} is already sparse: {where} has {', '.join(declared)}. "
             "Only dense LLMs are upcycled: give one, or keep its own experts: `vlmoe import --text-model ...`."
         )
+    if text.is_encoder_decoder:
+        raise ValueError(
+            f"--text-model {given} is a {text.model_type} model, a decoder with an encoder (is_encoder_decoder). "
+            "Expected a causal LLM without one; choose another."
+        )
     if text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if text.model_type not in MODEL_MAPPING_NAMES:
             raise ValueError(

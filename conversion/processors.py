@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, Llava
 
 from modeling_vlmoe import VLMoEProcessor
 from modeling_vlmoe.image_inputs import FORMS, blank_image, read_features
-from modeling_vlmoe.towers import tower_layers
+from modeling_vlmoe.towers import num_prefix_tokens, tower_layers
 
 from .llava_parents import is_llava
 from .parents import BROKEN, Parent
@@ -106,9 +106,36 @@ def measure_image(image_processor: Any, dense: Any, parent: Parent) -> Measured:
             f"{error}. Set size, crop_size, do_resize in its preprocessor_config.json or processor_config.json, or "
             f"choose a ViT that takes {', '.join(one.name for one in FORMS)}."
         ) from error
+    check_num_tokens(num_tokens, shape, dense, parent)
     return Measured(shape, num_tokens)
 
 
+def check_num_tokens(num_tokens: int, shape: tuple[int, ...], dense: Any, parent: Parent) -> None:
+    """Refuses a ViT whose features are not its patches, with the tokens before them where these are kept.
+
+    Args:
+        num_tokens: How many features it makes of one image.
+        shape: (1, channels, height, width) of that.
+        dense: The dense model.
+        parent: The ViT's.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    vision = dense.config.vision_config
+    patch = vision.patch_size
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    num_patches = (shape[2] // height) * (shape[3] // width)
+    left_out = dense.config.vision_num_prefix_tokens if dense.config.vision_feature_select_strategy == "default" else 0
+    if num_tokens + left_out - num_patches not in (0, num_prefix_tokens(dense.model.vision_tower)):
+        raise ValueError(
+            f"The ViT of {parent.given}, a {type(dense.model.vision_tower).__name__}, gives {num_tokens + left_out} "
+            f"tokens of an image of {shape[2]} x {shape[3]} pixels, which has {num_patches} patches of {height} x {width}: "
+            "tokens that stand for no patch would be read as image. Choose another ViT."
+        )
+
+
+@torch.no_grad()
 def count_features(body: Any, shape: tuple[int, ...]) -> int:
     """How many features a ViT makes of one image.
 

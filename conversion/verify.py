@@ -27,7 +27,7 @@ from modeling_vlmoe.mlp_layouts import run_dense
 
 from .block_probes import BlockProbe
 from .casts import find_casts
-from .dense_runs import DenseRun, dense_images, dense_text, image_results, parent_of
+from .dense_runs import DenseRun, dense_images, dense_text, image_results, parent_of, reads_ahead
 from .gaps import LIMIT, Findings, ProofError, measure_gap
 from .mapped_maths import mapped_maths
 from .mapping import PART_PREFIX
@@ -98,8 +98,12 @@ class Proof:
         """
         dense = make_dense(self.plan.dtype)
         probes = self._probes(dense.roots)
-        with all_of([probe.noting() for probe in probes]):
-            wanted = dense()
+        try:
+            with all_of([probe.noting() for probe in probes]):
+                wanted = dense()
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            given = self.plan.parents[parent_of(self.plan, part)].given
+            raise ValueError(f"{given} cannot be run, as it is, on {part}: {error}. Mend or replace it.") from error
         with mapped_maths(), all_of([probe.comparing() for probe in probes]):
             got = run_sparse()
         nudged_results = cache(lambda: dense(self._generator(f"{part} nudge")))
@@ -166,7 +170,17 @@ class Proof:
                 raise ProofError("The logits behind a picture are not finite. No checkpoint is written.")
             return {"text logits": logits[:, :NUM_TOKENS, :vocabulary]}
 
-        self.compare("text", lambda dtype: dense_text(self.plan, tokens, dtype), results)
+        try:
+            self.compare("text", lambda dtype: dense_text(self.plan, tokens, dtype), results)
+        except ProofError as error:
+            if reads_ahead(self.plan, tokens):
+                raise ProofError(
+                    f"{self.plan.parents[parent_of(self.plan, 'text')].given}: the logits of a token depend on later "
+                    "ones: it is an encoder or a prefix LM (is_decoder, use_bidirectional_attention), of which a "
+                    "picture behind the tokens changes what is before it. Expected a causal LLM. No checkpoint is "
+                    "written."
+                ) from error
+            raise
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from modeling_vlmoe.configuration_vlmoe import PARTS, VLMoEConfig, num_feature_layers
 from modeling_vlmoe.mlp_layouts import LINEARS, MLP_NAMES, find_spread_layout
@@ -176,6 +177,7 @@ def lora_config(
                 whole += [f"{prefix}.{path}.router" for path, _ in sparse_blocks(layer)]
     if settings.train_connector:
         whole.append(f"{model.base_model_prefix}.connector")
+    check_layouts(model, modules, parameters)
     if not modules and not parameters:
         raise ValueError(
             f"lora_targets {settings.lora_targets} match nothing in the parts {settings.lora_parts} of this model; "
@@ -192,6 +194,20 @@ def lora_config(
         revision=settings.model_revision,
         **options,
     )
+
+
+def check_layouts(model: PreTrainedModel, modules: list[str], parameters: list[str]) -> None:
+    """Refuses transposed Linears (`Conv1D`) beside experts: PEFT (0.21) has one `fan_in_fan_out` for both.
+
+    Raises:
+        ValueError: naming one of them, and the ways out.
+    """
+    transposed = [name for name in modules if isinstance(model.get_submodule(name), Conv1D)]
+    if transposed and parameters:
+        raise ValueError(
+            f"{transposed[0]} is a Conv1D, whose weight is stored transposed, and PEFT cannot have LoRA on such "
+            'and on experts in one adapter. Choose lora_targets=["experts"] or lora_targets=["attention"].'
+        )
 
 
 def freeze_but_connector(model: PreTrainedModel) -> None:

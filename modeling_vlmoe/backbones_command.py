@@ -4,7 +4,14 @@ from typing import Annotated, Any
 
 import typer
 
-from modeling_vlmoe.conversion.backbones.table import describe, read_table, render_list, render_page, write_table
+from modeling_vlmoe.conversion.backbones.table import (
+    check_known,
+    describe,
+    read_table,
+    render_list,
+    render_page,
+    write_table,
+)
 from modeling_vlmoe.logs import set_verbosity
 
 
@@ -53,10 +60,5 @@ def find(table: dict[str, Any], families: list[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: for one that is not in the table.
     """
-    known = {row["family"] for row in table["findings"]}
-    if unknown := [name for name in families if name not in known]:
-        raise ValueError(
-            f"transformers {table['transformers']} has no text or vision backbone {', '.join(unknown)}; `vlmoe "
-            "backbones` shows those it has. Check the name: it is the model_type of a config.json."
-        )
+    check_known(families, {row["family"] for row in table["findings"]}, table["transformers"])
     return [row for row in table["findings"] if row["family"] in families]

@@ -31,6 +31,8 @@ HOSTED_FIELDS = (
     "num_shared_experts",
     "shared_expert_intermediate_size",
 )
+# Where a class has one of these, it says whether the model is sparse.
+SPARSE_SWITCHES = ("enable_moe_block", "is_moe")
 # A configuration class that declares one of these is sparse already.
 SPARSE_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_intermediate_size")
 
@@ -131,7 +133,11 @@ class HostedMoEConfig:
 
 
 def sparse_fields(config: PreTrainedConfig) -> list[str]:
-    """The fields by which a configuration class says that its own model is a sparse one; empty for a dense model."""
+    """The fields by which a configuration class says that its own model is a sparse one; empty for a dense model, also
+    for one of a class that could be sparse and is told not to be (Gemma-4, Doge).
+    """
+    if any(getattr(config, switch, None) is False for switch in SPARSE_SWITCHES):
+        return []
     return [name for name in SPARSE_FIELDS if hasattr(type(config), name) or name in type(config).attribute_map]
 
 
@@ -414,7 +420,7 @@ class VLMoEConfig(PreTrainedConfig):
                 f"{', '.join(declared)}); text_moe adds experts to dense LLMs only. `vlmoe import` makes a vlmoe "
                 "model of a sparse LLM."
             )
-        found = {name: value for name in HOSTED_FIELDS if (value := getattr(self.text_config, name, None)) is not None}
+        found = {name: value for name in HOSTED_FIELDS if (value := self._hosted(name)) is not None}
         if is_override:
             return found | values
         for name in found.keys() & values.keys():
@@ -425,6 +431,11 @@ class VLMoEConfig(PreTrainedConfig):
                     "the one home of this field: give it once."
                 )
         return values | found
+
+    def _hosted(self, name: str) -> Any:
+        """What `text_config` says of the experts; the default of a class that could be sparse says nothing."""
+        value = getattr(self.text_config, name, None)
+        return None if value == getattr(type(self.text_config), name, None) else value
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON values; `text_moe` without the fields that live on `text_config`."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_vlmoe import VLMoEConfig, feature_layers, merges_patches
+from .configuration_vlmoe import VLMoEConfig, feature_layers, feature_width, merges_patches
 
 
 def is_named(parameter: inspect.Parameter) -> bool:
@@ -121,6 +121,21 @@ def count_tokens(sizes: Iterable[Sequence[int]], side: int) -> list[int]:
     return counts
 
 
+def check_width(features: Tensor, config: VLMoEConfig) -> None:
+    """Refuses hidden states whose last dimension is not the ViT's width.
+
+    Raises:
+        ValueError: naming both.
+    """
+    wanted = feature_width(config.vision_config)
+    if features.shape[-1] % wanted:
+        raise ValueError(
+            f"The hidden states of the {config.vision_config.model_type} tower end in {features.shape[-1]}, but its "
+            f"width is {wanted}: expected (images, tokens, width), or (images, rows, columns, width). Choose another "
+            "ViT."
+        )
+
+
 def tower_arguments(form: ImageForm, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a ViT is given beside the pixels.
 
@@ -152,6 +167,11 @@ def check_strategy(form: ImageForm, vision_config: Any, strategy: str | None) ->
             f'vision_feature_select_strategy is "default", but a {vision_config.model_type} takes images of any size '
             "and puts no token before their patches. Leave it out."
         )
+
+
+def rows_of_patches(hidden_state: Tensor) -> Tensor:
+    """A ViT's hidden state as (images, patches, width); SAM's is (images, rows, columns, width)."""
+    return hidden_state.flatten(1, 2) if hidden_state.ndim == 4 else hidden_state
 
 
 def read_features(
@@ -190,9 +210,10 @@ def read_features(
             )
         features = outputs.pooler_output
     else:
-        features = torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
+        features = torch.cat([rows_of_patches(outputs.hidden_states[layer]) for layer in layers], dim=-1)
     if form.sizes is None:
         features = features[:, config.vision_num_prefix_tokens if strategy == "default" else 0 :]
+        check_width(features, config)
         return features, [features.shape[1]] * features.shape[0]
     counts = count_tokens(given[form.sizes], form.token_side(config.vision_config))
     if form.is_padded:

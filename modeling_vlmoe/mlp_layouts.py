@@ -277,9 +277,10 @@ def find_layout(mlp: nn.Module, where: str, layout: MLPLayout | None = None) -> 
             for name, child in mlp.named_children()
             if isinstance(child, LINEARS)
         ]
+        others = [f"{name} ({type(child).__name__})" for name, child in mlp.named_children()]
         raise ValueError(
-            f"{where} ({type(mlp).__name__}) has the Linear children [{', '.join(found)}], which match none of the "
-            "known MLP layouts: "
+            f"{where} ({type(mlp).__name__}) has the Linear children [{', '.join(found or others)}], which match "
+            "none of the known MLP layouts: "
             f"{'; '.join(map(str, LAYOUTS))}. Leave this layer out of `layers`, or add its layout to LAYOUTS."
         )
     _check_extra(mlp, layout, where)

@@ -215,8 +215,9 @@ class VLMoEModel(VLMoEPreTrainedModel):
             router_context: the context of the sparse layers in training.
 
         Returns:
-            The ViT's outputs, with `pooler_output` a list of one (tokens, text width) tensor per image, and
-            `router_logits`, `connector_router_logits`, `router_losses`, `connector_router_losses` where they arise.
+            The ViT's hidden states and attentions, with `pooler_output` a list of one (tokens, text width) tensor per
+            image, and `router_logits`, `connector_router_logits`, `router_losses`, `connector_router_losses` where
+            they arise.
         """
         layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else list(vision_feature_layer or ())
         if not kwargs.get("output_hidden_states"):
@@ -235,12 +236,21 @@ class VLMoEModel(VLMoEPreTrainedModel):
         features, counts = read_features(outputs, self.config, self.image_form, given, layers, strategy)
         connector_context = router_context and router_context.of("connector")
         embeddings, logits, losses = self.connector(features.to(self.connector.dtype), connector_context)
-        outputs.pooler_output = list(embeddings.flatten(0, 1).split(counts))
+        # Of a class of its own: ViTs' outputs may have no `pooler_output` (SAM), or more that `generate` would repeat.
+        found = BaseModelOutputWithPooling(
+            last_hidden_state=outputs[0],
+            pooler_output=list(embeddings.flatten(0, 1).split(counts)),  # type: ignore[arg-type]
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+        for name in ("router_logits", "router_losses"):
+            if outputs.get(name) is not None:
+                found[name] = outputs[name]
         if logits is not None:
-            outputs["connector_router_logits"] = (logits,)
+            found["connector_router_logits"] = (logits,)
         if losses is not None:
-            outputs["connector_router_losses"] = (losses,)
-        return outputs
+            found["connector_router_losses"] = (losses,)
+        return found
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """Where the image tokens are, (batch, sequence, 1), checked against the number of image features.

@@ -29,6 +29,7 @@ def multiply(logits: Tensor, scale: float) -> Tensor:
     return logits * scale
 
 
+SCALES = (divide, multiply)  # by one they change nothing
 HEAD_MATHS: dict[str, Maths] = {
     "final_logit_softcapping": soft_cap,  # Gemma-2, Gemma-3, VaultGemma, NanoChat
     "logits_soft_cap": soft_cap,  # RecurrentGemma
@@ -49,7 +50,8 @@ def head_maths(config: PreTrainedConfig) -> dict[str, tuple[Maths, float]]:
     found = {}
     for name, usual in HEAD_MATHS.items():
         maths = HEAD_EXCEPTIONS.get((name, config.model_type), usual)
-        if maths is not None and (value := getattr(config, name, None)):
+        value = getattr(config, name, None)
+        if maths is not None and value and not (maths in SCALES and value == 1):
             found[name] = maths, value
     return found
 

@@ -39,7 +39,7 @@ LAYER_LISTS = (
     "layer",
 )
 # Parameters of a ViT that are tokens before its patches: (tokens, width) or (width,).
-PREFIX_TOKENS = ("class_embedding", "cls_token", "distillation_token", "register_tokens")
+PREFIX_TOKENS = ("class_embedding", "cls_token", "distillation_token", "register_tokens", "cls_register_token")
 # A whole MLP in LW-DETR, half of one in BERT.
 OTHER_MLP_NAME = "intermediate"
 
@@ -126,10 +126,12 @@ def find_dense_mlp(tower: nn.Module, index: int) -> DenseMLP:
         names = [OTHER_MLP_NAME]
     if len(names) != 1:
         children = ", ".join(name for name, _ in layer.named_children())
+        has_others = any(isinstance(getattr(other, name, None), nn.Module) for other in layers for name in MLP_NAMES)
+        advice = "Leave this layer out of `layers`." if has_others else "No layer has one: leave this part dense."
         raise ValueError(
             f"{type(tower).__name__}: {where} has no MLP that matches: expected exactly one of "
             f"{', '.join(MLP_NAMES)}, found "
-            f"{names or 'none'} among its children {children}. Leave this layer out of `layers`."
+            f"{names or 'none'} among its children {children}. {advice}"
         )
     mlp = getattr(layer, names[0])
     if isinstance(mlp, SparseMoE) or hasattr(mlp, "experts"):

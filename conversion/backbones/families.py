@@ -15,7 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 TEXT_TABLES = ("MODEL_FOR_CAUSAL_LM_MAPPING",)
 VISION_TABLES = ("MODEL_MAPPING", "MODEL_FOR_BACKBONE_MAPPING", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING")
-# A vision model's forward has the first, and none of the others.
+# A vision model's forward has one of the first, and none of the others.
+IMAGE_INPUTS = ("pixel_values", "pixel_values_videos", "grid_thw", "image_grid_thw")
 TEXT_INPUTS = ("input_ids", "decoder_input_ids", "input_texts", "task_inputs")
 
 
@@ -42,13 +43,8 @@ def registered_names(tables: Iterable[str]) -> list[str]:
 def reads_images_only(family: str) -> bool:
     """Whether a family's model reads images (or patches of them) and no text."""
     model_class = registered_class(family, VISION_TABLES)
-    modalities = getattr(model_class, "input_modalities", None) or ()
-    if model_class is None or not {"image", "video"} & set(
-        [modalities] if isinstance(modalities, str) else modalities
-    ):
-        return bool(model_class) and model_class.main_input_name == "pixel_values"
-    names = set(inspect.signature(model_class.forward).parameters)
-    return not names & set(TEXT_INPUTS)
+    names = set() if model_class is None else set(inspect.signature(model_class.forward).parameters)
+    return bool(names & set(IMAGE_INPUTS)) and not names & set(TEXT_INPUTS)
 
 
 @cache

@@ -8,15 +8,16 @@ that reads pixels is upcycled beside a fixed LLM too.
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
 from modeling_vlmoe import MoEConfig, register
 from modeling_vlmoe.configuration_vlmoe import sparse_fields
@@ -27,10 +28,10 @@ from ..gaps import LIMIT, measure_gap
 from ..parents import BROKEN
 from ..upcycle import upcycle
 from .families import VISION_TABLES, config_class, registered_class, registered_families
-from .table import CONVERTED, OTHER, PARTS, REFUSED, SPARSE
-from .tiny_configs import VOCABULARY
-from .tiny_parents import build_parent, save_parent, save_partner
-from .tower_inputs import call_form
+from .table import CONVERTED, OTHER, PARTS, REFUSED, SPARSE, check_known
+from .tiny_configs import IMAGE_SIZE, VOCABULARY
+from .tiny_parents import IMAGE, build_parent, save_parent, save_partner
+from .tower_inputs import CallForm, call_form
 
 NUM_EXPERTS, NUM_TOKENS, FIRST_WORD = 4, 24, 5
 MOST_LETTERS = 2000
@@ -97,11 +98,17 @@ def not_a_backbone(config: PreTrainedConfig, part: str) -> str:
     return f"its configuration names no {' and no '.join(missing)}: not one stack of like layers" if missing else ""
 
 
+@torch.no_grad()
+def logits_of(model: Any, tokens: Tensor) -> Tensor:
+    """The logits of tokens."""
+    return model(input_ids=tokens).logits
+
+
 def is_causal(model: Any, tokens: Tensor) -> bool:
     """Whether a token's logits do not depend on later ones."""
     changed = tokens.clone()
     changed[:, -1] = (changed[:, -1] + 1) % (VOCABULARY - FIRST_WORD) + FIRST_WORD
-    before, after = (model(input_ids=ids).logits[:, :-1] for ids in (tokens, changed))
+    before, after = (logits_of(model, ids)[:, :-1] for ids in (tokens, changed))
     return measure_gap(before, after) <= LIMIT
 
 
@@ -149,7 +156,7 @@ def measure_text(family: str) -> Finding:
     parent: Any = build_parent(family, "text")
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(FIRST_WORD, VOCABULARY, (2, NUM_TOKENS), generator=generator)
-    wanted = parent(input_ids=tokens).logits
+    wanted = logits_of(parent, tokens)
     if not is_causal(parent, tokens):
         return Finding(family, "text", OTHER, reason="its logits depend on later tokens: an encoder")
     with tempfile.TemporaryDirectory() as folder:
@@ -158,17 +165,17 @@ def measure_text(family: str) -> Finding:
             sparse = upcycled(family, "text", parent, Path(folder))
         except BROKEN as error:
             return Finding(family, "text", REFUSED, reason=one_line(error, Path(folder)))
-        gap = measure_gap(wanted, sparse(input_ids=tokens).logits[..., : wanted.shape[-1]])
+        gap = measure_gap(wanted, logits_of(sparse, tokens)[..., : wanted.shape[-1]])
     return judged(Finding(family, "text", CONVERTED, gap, layouts))
 
 
 def judged(finding: Finding) -> Finding:
-    """A finding whose gap is too large is no conversion."""
-    assert finding.gap is not None
-    if finding.gap <= LIMIT:
-        return finding
-    reason = f"differs by {finding.gap:.2g} standard deviations, {LIMIT:.2g} are allowed"
-    return Finding(finding.family, finding.part, REFUSED, reason=reason)
+    """A finding with a reason against it, or a gap that is too large, is no conversion."""
+    largest = max(gap for gap in (finding.gap, finding.whole) if gap is not None)
+    reason = finding.reason
+    if not largest <= LIMIT:
+        reason = f"differs by {largest:.2g} standard deviations, {LIMIT:.2g} are allowed"
+    return replace(finding, kind=REFUSED, reason=reason) if reason else finding
 
 
 def tensors_of(outputs: Any) -> dict[str, Tensor]:
@@ -183,12 +190,24 @@ def tensors_of(outputs: Any) -> dict[str, Tensor]:
 def run_tower(tower: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """A tower's results; what it draws (ViT-MAE's masks) is drawn alike each time."""
     torch.manual_seed(0)
-    return tensors_of(tower(**inputs))
+    with torch.no_grad():
+        return tensors_of(tower(**inputs))
+
+
+def is_constant(result: Tensor) -> bool:
+    """Whether a result says nothing.
+
+    Raises:
+        ValueError: when it is no number.
+    """
+    if not result.isfinite().all():
+        raise ValueError("its own results are not finite. Choose another family.")
+    return not bool(result.std() > 0)
 
 
 def widest_gap(wanted: dict[str, Tensor], got: dict[str, Tensor]) -> float:
     """The largest gap of a tower's results; what is a constant is left out."""
-    return max(measure_gap(one, got[name]) for name, one in wanted.items() if one.std() > 0)
+    return max(measure_gap(one, got[name]) for name, one in wanted.items() if not is_constant(one))
 
 
 def tower_gap(tower: Any, inputs: dict[str, Tensor]) -> float:
@@ -199,16 +218,36 @@ def tower_gap(tower: Any, inputs: dict[str, Tensor]) -> float:
     return widest_gap(wanted, run_tower(tower, inputs))
 
 
-def measure_whole(family: str, inputs: dict[str, Tensor]) -> tuple[float | None, str]:
-    """The gap of what a tower gives inside a written vision-language model, or why there is none."""
+def measure_whole(family: str, form: CallForm, inputs: dict[str, Tensor]) -> tuple[float | None, str]:
+    """The gap of what a tower gives inside a written vision-language model, or why there is none.
+
+    The model answers to a picture too, through its own processor.
+    """
     parent: Any = build_parent(family, "vision")
     wanted = run_tower(parent, inputs | EVERY_LAYER)
     with tempfile.TemporaryDirectory() as folder:
         try:
             sparse = upcycled(family, "vision", parent, Path(folder))
+            processor = AutoProcessor.from_pretrained(Path(folder) / "out")
         except BROKEN as error:
             return None, one_line(error, Path(folder))
+    check_pictures(sparse, processor)
     return widest_gap(wanted, run_tower(sparse.model.vision_tower, inputs | EVERY_LAYER)), ""
+
+
+@torch.no_grad()
+def check_pictures(model: Any, processor: Any) -> None:
+    """Runs a model on pictures as its user would.
+
+    Raises:
+        ValueError: when its answer does not depend on the picture.
+    """
+    pictures = [Image.effect_noise((IMAGE_SIZE, IMAGE_SIZE), sigma).convert("RGB") for sigma in (20, 200)]
+    answers = [
+        model(**processor(text=f"w1 {IMAGE} w2", images=picture, return_tensors="pt")).logits for picture in pictures
+    ]
+    if not all(answer.isfinite().all() for answer in answers) or measure_gap(*answers) <= LIMIT:
+        raise ValueError("The logits behind a picture do not depend on it. Choose another ViT.")
 
 
 def measure_vision(family: str) -> Finding:
@@ -222,7 +261,7 @@ def measure_vision(family: str) -> Finding:
         gap = tower_gap(tower, inputs)
     except BROKEN as error:
         return Finding(family, "vision", REFUSED, reads=form.name, reason=one_line(error))
-    whole, reason = measure_whole(family, inputs)
+    whole, reason = measure_whole(family, form, inputs)
     return judged(Finding(family, "vision", CONVERTED, gap, layouts, form.name, whole, reason))
 
 
@@ -235,15 +274,9 @@ def check_names(names: list[str]) -> None:
     Raises:
         ValueError: naming it.
     """
-    known = {family for part in PARTS for family in registered_families(part)}
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(
-            f"transformers {transformers.__version__} has no text or vision family {', '.join(unknown)}; `vlmoe "
-            "backbones` shows those it has. Check the name: it is the model_type of a config.json."
-        )
+    check_known(names, {family for part in PARTS for family in registered_families(part)}, transformers.__version__)
 
 
-@torch.no_grad()
 def measure(family: str, part: str) -> Finding:
     """Classes one family of a part."""
     register()
@@ -254,7 +287,8 @@ def measure(family: str, part: str) -> Finding:
         return Finding(family, part, OTHER, reason=f"it cannot be made without another model: {one_line(error)}")
     pieces = [getattr(config, name, None) for name in config.sub_configs or {}]
     inner = [piece for piece in pieces if piece is not None and not piece.model_type]
-    if declared := [name for one in (config, *inner) for name in sparse_fields(one)]:
+    declared = [name for one in (config, *inner) for name in sparse_fields(one)]
+    if declared and not (part == "vision" and config.to_dict().get("num_experts") == 1):  # ViTPose's one is an MLP
         return Finding(family, part, SPARSE, reason=f"its configuration has {', '.join(declared)}")
     if reason := not_a_backbone(config, part):
         return Finding(family, part, OTHER, reason=reason)

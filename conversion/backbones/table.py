@@ -28,7 +28,8 @@ with `--measure` measures it again on the transformers that is installed.
 The gap is the largest difference to the dense model, in standard deviations of its result; 1e-05 is allowed. Of an LLM
 it is that of the logits of the written checkpoint, loaded as a user loads it. Of a ViT it is that of everything the
 tower gives, made sparse in every layer, on whatever it reads; "in a model" is the gap of what it gives inside a
-written vision-language model; where it has not been in one, the reason follows.
+written vision-language model, which answers to a picture through its own processor. A ViT of which only the tower
+can be made sparse is refused.
 
 - **converted**: a tiny one was, within the gap.
 - **refused**: the reason is what the conversion says, on these tiny models.
@@ -47,6 +48,19 @@ def write_table(version: str, findings: Iterable[dict[str, Any]], path: Path = D
     """Writes the table, one row to a line."""
     rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in findings)
     path.write_text(f'{{"transformers": "{version}", "findings": [\n{rows}\n]}}\n', encoding="utf-8")
+
+
+def check_known(names: Iterable[str], known: Iterable[str], version: str) -> None:
+    """Refuses families that a version of transformers does not have.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(
+            f"transformers {version} has no text or vision backbone {', '.join(unknown)}; `vlmoe backbones` shows "
+            "those it has. Check the name: it is the model_type of a config.json."
+        )
 
 
 def select(findings: Iterable[dict[str, Any]], part: str, kind: str) -> list[dict[str, Any]]:
@@ -77,13 +91,18 @@ def _rows(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
     return lines + [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
 
 
+def _reason(row: dict[str, Any]) -> str:
+    """Why a family is not converted; the gap of its tower where that could be made sparse."""
+    tower = f" (Its tower alone can be made sparse in memory: gap {show_gap(row['gap'])}.)" if "gap" in row else ""
+    return shorten(row["reason"]) + tower
+
+
 def _converted(part: str, rows: list[dict[str, Any]]) -> list[str]:
     if part == "text":
         of_text = [(row["family"], show_gap(row.get("gap")), row["layouts"]) for row in rows]
         return _rows(("family", "gap of logits", "how its MLPs are written"), of_text)
     cells = [
-        (row["family"], row["reads"], show_gap(row["gap"]), show_gap(row.get("whole")) or "-", row["layouts"])
-        for row in rows
+        (row["family"], row["reads"], show_gap(row["gap"]), show_gap(row["whole"]), row["layouts"]) for row in rows
     ]
     return _rows(("family", "reads", "gap of the tower", "in a model", "how its MLPs are written"), cells)
 
@@ -102,11 +121,8 @@ def render_page(table: dict[str, Any]) -> str:
             lines += [f"## {NAMES[part]}: {kind} ({len(rows)})", ""]
             if kind == CONVERTED:
                 lines += _converted(part, rows)
-                if apart := [row for row in rows if row.get("reason")]:
-                    lines += ["", f"Of these, {len(apart)} have not been in a model, as `vlmoe upcycle` says:", ""]
-                    lines += _rows(("family", "why"), [(row["family"], shorten(row["reason"])) for row in apart])
             else:
-                lines += _rows(("family", "why"), [(row["family"], shorten(row["reason"])) for row in rows])
+                lines += _rows(("family", "why"), [(row["family"], _reason(row)) for row in rows])
             lines.append("")
     return "\n".join(lines)
 
@@ -121,8 +137,7 @@ def describe(row: dict[str, Any]) -> str:
     if "reads" in row:
         lines.append(f"  reads {row['reads']}")
     if row["part"] == "vision" and row["kind"] == CONVERTED:
-        whole = f"gap {show_gap(row['whole'])}" if "whole" in row else "not measured"
-        lines.append(f"  in a vision-language model: {whole}")
+        lines.append(f"  in a vision-language model: gap {show_gap(row['whole'])}")
     if "reason" in row:
         lines.append(f"  {row['reason']}")
     return "\n".join(lines)

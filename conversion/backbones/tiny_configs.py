@@ -84,6 +84,7 @@ VISION_SIZES: dict[str, Any] = {
     "patch_size": PATCH_SIZE,
     "projection_dim": 16,
     "out_hidden_size": 32,
+    "deepstack_visual_indexes": [0, 2],
     "output_channels": 16,
 }
 SIZES = {"text": TEXT_SIZES, "vision": VISION_SIZES}
@@ -97,6 +98,7 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
         },
     },
     "ctrl": {"dff": 48},
+    "exaone4_5_vision": {"num_key_value_heads": 4},
     "falcon_h1": {"mlp_multipliers": [0.7, 1.3]},
     "gemma3n_text": {
         "hidden_size_per_layer_input": 8,
@@ -104,6 +106,15 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
         "laurel_rank": 8,
         "num_kv_shared_layers": 0,
         "activation_sparsity_pattern": [0.0] * NUM_LAYERS,
+    },
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "num_kv_shared_layers": 0,
+        "global_head_dim": 8,
+        "num_experts": None,
+        "num_experts_per_tok": None,
+        "moe_intermediate_size": None,
     },
     "gemma4_unified_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], NUM_LAYERS // 2]]},

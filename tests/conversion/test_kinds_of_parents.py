@@ -10,9 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from modeling_vlmoe.conversion import ExportArguments, ProofError, export, upcycle
+from modeling_vlmoe.conversion import ExportArguments, ProofError, UpcycleArguments, export, upcycle
+from modeling_vlmoe.conversion.backbones.tiny_parents import build_parent, save_parent, save_partner
+from modeling_vlmoe.conversion.parents import check_text
 from modeling_vlmoe.conversion.planning import plan_upcycle
 from modeling_vlmoe.conversion.upcycle import write_proved
+from modeling_vlmoe.text_head import head_maths
 from tests import tiny
 from tests.conversion.conftest import ALL_SPARSE
 from tests.conversion.test_parity import text_gap
@@ -164,3 +167,33 @@ def test_a_json_of_the_config_keeps_its_choice(tmp_path, arguments):
     out = upcycle(arguments(vision_model=save_vit(tmp_path / "vision", "class token and registers")))
     written = json.loads((out / "config.json").read_text())
     assert (written["vision_num_prefix_tokens"], written["vision_feature_select_strategy"]) == (4, "default")
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("gemma3_text", {"use_bidirectional_attention": True}, "the logits of a token depend on later ones"),
+        ("trocr", {}, "which transformers registers with a head only"),
+        ("gemma3n_text", {}, "text_config.hidden_size_per_layer_input is 8"),
+        ("mamba", {}, "No layer has one: leave this part dense"),
+    ],
+)
+def test_an_llm_that_cannot_be_is_refused_by_what_it_is(tmp_path, family, fields, message):
+    text = save_parent(build_parent(family, "text", **fields), "text", tmp_path / "text")
+    vision = save_partner("text", tmp_path / "vision")
+    settings = UpcycleArguments(text_model=str(text), vision_model=str(vision), output_dir=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=message):
+        upcycle(settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_decoder_with_an_encoder_is_refused():
+    with pytest.raises(ValueError, match=r"a bart model, a decoder with an encoder \(is_encoder_decoder\)"):
+        check_text("it", AutoConfig.for_model("bart"))
+
+
+def test_a_scale_of_one_is_no_maths_of_the_head():
+    config = AutoConfig.for_model("granite", logits_scaling=1.0)
+    assert not head_maths(config)
+    config.logits_scaling = 2.0
+    assert list(head_maths(config)) == ["logits_scaling"]

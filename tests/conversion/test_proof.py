@@ -325,3 +325,9 @@ def test_a_failed_proof_leaves_the_old_checkpoint(arguments, monkeypatch, upcycl
 )
 def test_the_gap_is_in_standard_deviations(dense, sparse, gap):
     assert measure_gap(torch.tensor(dense), torch.tensor(sparse)) == pytest.approx(gap)
+
+
+def test_raises_when_the_dense_model_draws_at_random():
+    dense, sparse, other = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ProofError, match="Nothing can be proved: features of the dense model itself moves by"):
+        Findings().judge("features", dense, sparse, lambda: other)

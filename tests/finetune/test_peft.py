@@ -1,5 +1,6 @@
 """PEFT's own ways with a sparse model: what is trained, saved, loaded, merged, switched, and what is refused."""
 
+import copy
 import logging
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
+from modeling_vlmoe.conversion.backbones.tiny_configs import tiny_config
 from modeling_vlmoe.finetune import FinetuneArguments, lora_config, parse_recipe, prepare_model
 from modeling_vlmoe.finetune.settings import FinetuneSettings
 from tests import tiny
@@ -349,3 +352,16 @@ def test_the_warning_waits_while_the_model_is_compiled(model, inputs, warnings):
     assert not warnings()
     step(tuned, inputs)
     assert len(warnings()) == 1
+
+
+def test_transposed_linears_and_experts_are_adapted_apart():
+    config = VLMoEConfig(
+        text_config=tiny_config("gpt2", "text"),
+        vision_config=tiny_config("siglip_vision_model", "vision"),
+        text_moe={"num_experts": 4},
+    )
+    made = VLMoEForConditionalGeneration(config)
+    with pytest.raises(ValueError, match=r"c_attn is a Conv1D, .* Choose lora_targets=\[\"experts\"\] or"):
+        lora_config(made)
+    for targets in (["experts"], ["attention"]):
+        get_peft_model(copy.deepcopy(made), lora_config(made, lora_targets=targets))
