@@ -130,8 +130,8 @@ def check_num_tokens(num_tokens: int, shape: tuple[int, ...], dense: Any, parent
     if num_tokens + left_out - num_patches not in (0, num_prefix_tokens(dense.model.vision_tower)):
         raise ValueError(
             f"The ViT of {parent.given}, a {type(dense.model.vision_tower).__name__}, gives {num_tokens + left_out} "
-            f"tokens of an image of {shape[2]} x {shape[3]} pixels, which has {num_patches} patches of {height} x {width}: "
-            "tokens that stand for no patch would be read as image. Choose another ViT."
+            f"tokens of an image of {shape[2]} x {shape[3]} pixels, which has {num_patches} patches of "
+            f"{height} x {width}: tokens that stand for no patch would be read as image. Choose another ViT."
         )
 
 
