@@ -16,7 +16,7 @@ def row(colour):
 
 config = lora_config("alice/tiny", lora_r=4, train_connector=True)
 args = SFTConfig(
-    "tuned", max_steps=20, learning_rate=1e-2, max_length=None, assistant_only_loss=True, logging_steps=1,
+    "tuned", max_steps=60, learning_rate=1e-2, max_length=None, assistant_only_loss=True, logging_steps=1,
     save_strategy="no", use_cpu=True, bf16=False, report_to="none", hub_model_id="alice/colours",
 )
 trainer = SFTTrainer("alice/tiny", args=args, peft_config=config,
