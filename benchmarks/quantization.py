@@ -19,9 +19,9 @@ from typing import Any
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 import modeling_vlmoe
-from modeling_vlmoe.configuration_vlmoe import PARTS
 from modeling_vlmoe.finetune.data import load_chat_data
 from modeling_vlmoe.finetune.evaluation import evaluate_vqa
+from modeling_vlmoe.moe_config import PARTS
 from modeling_vlmoe.quantization import (
     BITS,
     VLMoEQuantizationConfig,

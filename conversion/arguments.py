@@ -32,7 +32,7 @@ class UpcycleArguments:
 
     text_model: str | None = option("Dense LLM (or a multimodal model around it): a folder or a Hub id.")
     vision_model: str | None = option("Dense ViT (or a CLIP, SigLIP or VLM around it): a folder or a Hub id.")
-    vlm_model: str | None = option("Instead of the two parents: a dense vlmoe model or LLaVA, a folder or a Hub id.")
+    vlm_model: str | None = option("Instead of the two parents: a dense VLM (or vlmoe model), a folder or a Hub id.")
     output_dir: str | None = option("Folder of the sparse model.")
     text_experts: int | None = option(
         "Experts per sparse layer of the LLM; not given: it stays dense, but gets 8 when no part is given any."
@@ -61,7 +61,7 @@ class UpcycleArguments:
     dtype: str | None = option("float32, bfloat16 or float16; not given: the LLM's own.")
     text_revision: str | None = option("Branch, tag or commit of the LLM on the Hub.")
     vision_revision: str | None = option("Branch, tag or commit of the ViT on the Hub.")
-    vlm_revision: str | None = option("Branch, tag or commit of the dense vlmoe model or LLaVA on the Hub.")
+    vlm_revision: str | None = option("Branch, tag or commit of the dense VLM on the Hub.")
     format: str = option(
         "`vlmoe`; or `native`: transformers' own classes, LLaVA around a sparse LM (as `vlmoe export`).", "vlmoe"
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .planning import UpcyclePlan
+from .plans import UpcyclePlan
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
-from modeling_vlmoe.configuration_vlmoe import feature_layers
 from modeling_vlmoe.image_inputs import find_form, read_features, tower_arguments
+from modeling_vlmoe.parts_config import feature_layers
 
 from .dense_tensors import dense_model
 from .gaps import LIMIT, measure_gap, nudge
@@ -24,7 +24,7 @@ from .mapping import PART_PREFIX
 from .meta_models import build_on_meta, fill_mapped
 from .native_tensors import NativeTensors, fill_native
 from .parents import BROKEN
-from .planning import UpcyclePlan
+from .plans import UpcyclePlan
 from .probes import hooked
 
 
@@ -33,7 +33,7 @@ class DenseRun:
     """A dense model that is ready to run.
 
     Attributes:
-        roots: The dense modules by part; a part's MLPs have their paths in it.
+        roots: The dense modules, by what the paths of the sparse MLPs in them begin with.
         dtype: What weights are rounded to; None leaves them as they are stored.
         results: Runs the model, on nudged input where a generator is given, and gives results by what they are.
     """
@@ -81,7 +81,7 @@ def dense_text(plan: UpcyclePlan, tokens: Tensor, dtype: torch.dtype | None) -> 
         with hooked(root.get_input_embeddings().register_forward_hook(change)):
             return {"text logits": reference(input_ids=tokens, use_cache=False).logits}
 
-    return DenseRun({"text": root}, dtype, results)
+    return DenseRun({PART_PREFIX["text"]: root}, dtype, results)
 
 
 def reads_ahead(plan: UpcyclePlan, tokens: Tensor) -> bool:
@@ -141,4 +141,4 @@ def dense_images(plan: UpcyclePlan, images: dict[str, Tensor], dtype: torch.dtyp
             found["image features"] = torch.stack(list(reference.model.get_image_features(pixels).pooler_output))
         return found
 
-    return DenseRun({"vision": tower, "connector": connector}, dtype, results)
+    return DenseRun({PART_PREFIX["vision"]: tower, PART_PREFIX["connector"]: connector}, dtype, results)

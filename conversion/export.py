@@ -20,6 +20,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from modeling_vlmoe import __version__, register
 from modeling_vlmoe.companions import RECEIPT_NAME
+from modeling_vlmoe.modeling_in_place import is_in_place
 
 from .export_plan import ExportPlan, describe_experts, plan_export
 from .export_proof import measure_mean, prove_export
@@ -121,8 +122,18 @@ def opened(args: ExportArguments) -> Iterator[Parent]:
 
 
 def open_checkpoint(given: str, folder: Path) -> Parent:
-    """A vlmoe checkpoint, with its tensors."""
-    return Parent("vlm", given, folder, commit_of(folder), read_config(folder), CheckpointReader(folder))
+    """A vlmoe checkpoint, with its tensors.
+
+    Raises:
+        ValueError: when it is a host's VLM that is sparse in place.
+    """
+    config = read_config(folder)
+    if is_in_place(config):
+        raise ValueError(
+            f"{given} is a {config.body_model_type} that is sparse in place; expected our own composite, of an LLM "
+            "and a ViT or of a LLaVA, which alone has a form in transformers' own classes to be exported to."
+        )
+    return Parent("vlm", given, folder, commit_of(folder), config, CheckpointReader(folder))
 
 
 def refuse_unlike_experts(plan: ExportPlan) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from modeling_vlmoe.configuration_vlmoe import HOSTED_FIELDS
+from modeling_vlmoe.moe_config import HOSTED_FIELDS
 
 from .export_plan import ExportPlan
 from .gaps import ProofError

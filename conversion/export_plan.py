@@ -25,7 +25,7 @@ from .native_mapping import DRAWING, LLAVA_NAMES, DenseForm, Names, NativeMappin
 from .native_processor import build_llava_processor, native_tokenizer
 from .native_targets import Pair, choose_pair, dense_layers, to_native
 from .parents import Parent
-from .planning import load_generation
+from .plans import load_generation
 from .processors import load_part, measure_image
 
 IMAGE_PARTS = ("vision", "connector")

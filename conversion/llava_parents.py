@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import LlavaConfig, PreTrainedConfig
 
-from modeling_vlmoe.configuration_vlmoe import sparse_fields
+from modeling_vlmoe.moe_config import sparse_fields
 from modeling_vlmoe.text_head import head_maths
 
 PROJECTOR, CONNECTOR = "model.multi_modal_projector.", "model.connector.mlp."

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modeling_vlmoe.mlp_layouts import MLPLayout, find_activation, find_inner_norm, find_layout, is_biased
+from modeling_vlmoe.mlp_layouts import MLPLayout, find_activation, find_inner_norm, is_biased
+from modeling_vlmoe.parts import find_connector, find_towers
 from modeling_vlmoe.towers import find_dense_mlp
 
 from .expert_init import EXPERT_INITS, ExpertInit, ExpertSlot
@@ -327,15 +328,14 @@ def sparse_mlps(dense: PreTrainedModel, sparse: PreTrainedModel) -> dict[str, Sp
         experts = moe.num_experts, moe.num_experts_per_tok
         found[path] = SparseMLP(path, layout, is_biased(mlp, layout), *experts, source, shared)
 
-    for part, tower in (("text", dense.model.language_model), ("vision", dense.model.vision_tower)):
+    for part, (where, tower) in find_towers(dense).items():
         if (moe := sparse.config.moe(part)) is not None:
             for index in moe.layers:
                 mlp = find_dense_mlp(tower, index)
-                prefix = PART_PREFIX[part]
-                add(prefix + mlp.path, mlp.layout, mlp.module, moe, prefix + mlp.source)
+                add(f"{where}.{mlp.path}", mlp.layout, mlp.module, moe, f"{where}.{mlp.source}")
     if (moe := sparse.config.connector_moe) is not None:
-        path, mlp = f"{PART_PREFIX['connector']}mlp", dense.model.connector.mlp
-        add(path, find_layout(mlp, "connector.mlp"), mlp, moe, path)
+        mlp = find_connector(dense)
+        add(mlp.path, mlp.layout, mlp.module, moe, mlp.source)
     return found
 
 

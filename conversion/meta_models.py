@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
+from modeling_vlmoe import VLMoEForConditionalGeneration
+from modeling_vlmoe.modeling_in_place import is_in_place, sparse_class_of
 from modeling_vlmoe.sparse_moe import Experts
 
 FEWEST_MAPPED = 2**22  # numbers of an embedding
@@ -24,6 +26,16 @@ def build_on_meta(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     """Builds a model of float32 parameters that take no memory."""
     with torch.device("meta"), init.meta_device_safe_creation_ops(), init.no_init_weights():
         return build().eval()
+
+
+def build_vlm(config: Any) -> PreTrainedModel:
+    """The vision-language model of a configuration of ours, on the meta device: our composite, or a host's VLM that is
+    sparse in place.
+    """
+    model_class: Any = VLMoEForConditionalGeneration
+    if is_in_place(config):
+        model_class = sparse_class_of(model_class, config)
+    return build_on_meta(lambda: model_class(config))
 
 
 def in_float32(config: PreTrainedConfig) -> Any:

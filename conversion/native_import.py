@@ -34,13 +34,8 @@ from .native_targets import SPARSE_FAMILIES, from_native, is_native_sparse
 from .native_tensors import NativeTensors, find_native_tensors
 from .output_folder import check_output_folder, check_parents_survive
 from .parents import Parent, check_vision, commit_of, find_folder, read_config
-from .planning import (
-    UpcyclePlan,
-    build_config,
-    choose_dtype,
-    load_generation,
-    name_in_vlm,
-)
+from .planning import build_config, name_in_vlm
+from .plans import UpcyclePlan, choose_dtype, load_generation
 from .processors import build_processor
 from .proved_writing import write_proved
 from .streaming import CheckpointReader, TensorSpec

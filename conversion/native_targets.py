@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from modeling_vlmoe.configuration_vlmoe import HOSTED_FIELDS
+from modeling_vlmoe.moe_config import HOSTED_FIELDS
 from modeling_vlmoe.text_head import head_maths
 
 # Width of a shared expert of zeros, where the target has one and the model has none: what kernels and splits over

@@ -15,9 +15,11 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 
-from modeling_vlmoe.configuration_vlmoe import PARTS, VLMoEConfig, sparse_fields
+from modeling_vlmoe.configuration_vlmoe import VLMoEConfig
+from modeling_vlmoe.moe_config import PARTS, sparse_fields
 
 from .arguments import UpcycleArguments
+from .host_parents import check_dense_host, is_host
 from .llava_parents import check_dense_llava, is_llava
 from .streaming import CheckpointReader, read_json
 
@@ -113,7 +115,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (*BROKEN, StrictDataclassError) as error:
         raise ValueError(f"{file} is no configuration that transformers reads. Mend this: {error}") from error
-    if not isinstance(config, VLMoEConfig):
+    if config.model_type != VLMoEConfig.model_type:
         forget_code(config)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} is quantised; upcycling needs the full-precision parent. Give that one.")
@@ -192,14 +194,18 @@ def check_vision(given: str, config: PreTrainedConfig) -> None:
 
 
 def check_vlm(given: str, config: PreTrainedConfig) -> None:
-    """A vision-language parent is a vlmoe model or a LLaVA, dense in every part."""
+    """A vision-language parent is a vlmoe model, a LLaVA or another VLM of transformers, dense in every part."""
     if is_llava(config):
         check_dense_llava(given, config)
         return
+    if is_host(config):
+        check_dense_host(given, config)
+        return
     if config.model_type != VLMoEConfig.model_type:
         raise ValueError(
-            f"--vlm-model {given} is a {config.model_type} model; expected a dense vlmoe or llava one. The towers of "
-            "others are taken by --text-model and --vision-model, with a new connector."
+            f"--vlm-model {given} is a {config.model_type} model; expected a dense VLM that transformers registers "
+            "for image-text-to-text (`vlmoe backbones` lists them). A tower of its own is taken by --text-model or "
+            "--vision-model, with a new connector."
         )
     for part in PARTS:
         if (moe := config.moe(part)) is not None:

@@ -1,99 +1,30 @@
 """From arguments to a plan: which parents, which configuration, which tensor goes where. Nothing is written yet."""
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import PreTrainedModel
 
 from modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
-from modeling_vlmoe.configuration_vlmoe import PARTS, VLMoEConfig
+from modeling_vlmoe.configuration_vlmoe import VLMoEConfig
+from modeling_vlmoe.moe_config import PARTS
 from modeling_vlmoe.text_head import find_head
 
 from .arguments import UpcycleArguments, parse_layers
 from .connector_init import DrawnConnector
 from .dense_tensors import DenseTensors, find_dense_tensors
-from .expert_init import EXPERT_INITS
-from .gaps import DENSE_CLAIM
+from .host_parents import is_host
+from .host_planning import plan_in_place
 from .llava_parents import is_llava, name_in_vlmoe, vlmoe_fields
-from .mapping import PART_PREFIX, DenseTensor, Drawing, Mapping, SparseMLP, map_tensors, sparse_mlps
+from .mapping import PART_PREFIX, DenseTensor, map_tensors, sparse_mlps
 from .meta_models import build_on_meta, target_shapes
 from .native_tensors import find_native_tensors
-from .parents import BROKEN, Parent, open_parents
+from .parents import Parent, open_parents
+from .plans import UpcyclePlan, choose_drawing, choose_dtype, load_generation
 from .processors import build_processor
-from .router_init import ROUTER_INITS
-from .streaming import read_json
 
 DEFAULT_TEXT_EXPERTS = 8
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass
-class UpcyclePlan:
-    """Everything that is decided before the first byte is written.
-
-    Attributes:
-        args: What was asked for.
-        parents: The dense parents by role.
-        dense: Their tensors under their own models' names, by role.
-        dense_tensors: The tensors of the dense vision-language model, by name; for two parents with a drawn connector.
-        dense_config: Its configuration.
-        config: The sparse model's.
-        processor: The sparse model's.
-        generation: The sparse model's: the LLM's own.
-        pixel_shape: Shape of one image's `pixel_values`, (1, channels, height, width); see `processors.Measured`.
-        mlps: The MLPs that become sparse, by path.
-        mapping: What fills every target.
-        drawing: Inits and seed.
-        dtype: What is written.
-        claim: What a failed proof says.
-    """
-
-    claim = DENSE_CLAIM
-
-    args: UpcycleArguments
-    parents: dict[str, Parent]
-    dense: dict[str, DenseTensors]
-    dense_tensors: dict[str, DenseTensor]
-    dense_config: VLMoEConfig
-    config: VLMoEConfig
-    processor: VLMoEProcessor
-    generation: GenerationConfig
-    pixel_shape: tuple[int, ...]
-    mlps: dict[str, SparseMLP]
-    mapping: Mapping
-    drawing: Drawing
-    dtype: torch.dtype
-
-
-def stored_dtype(dense: DenseTensors) -> torch.dtype:
-    """The floating-point dtype that most of a parent's parameters are stored in."""
-    sizes: dict[torch.dtype, int] = {}
-    for name in dense.names:
-        dtype = dense.dtype(name)
-        if dtype.is_floating_point:
-            sizes[dtype] = sizes.get(dtype, 0) + torch.Size(dense.shape(name)).numel()
-    return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def choose_dtype(args: UpcycleArguments, dense: dict[str, DenseTensors]) -> torch.dtype:
-    """What is written: what was asked for, else the dtype of the LLM (or of the dense vlmoe model)."""
-    if args.dtype is not None and args.dtype not in DTYPES:
-        raise ValueError(f"--dtype {args.dtype} is not known; expected one of {', '.join(DTYPES)}.")
-    return DTYPES[args.dtype] if args.dtype else stored_dtype(dense.get("text") or dense["vlm"])
-
-
-def choose_drawing(args: UpcycleArguments) -> Drawing:
-    """The inits that were named, if there are such."""
-    for option, name, known in (
-        ("--expert-init", args.expert_init, EXPERT_INITS),
-        ("--router-init", args.router_init, ROUTER_INITS),
-    ):
-        if name not in known:
-            raise ValueError(f"{option} {name} is not known; expected one of {', '.join(known)}.")
-    return Drawing(args.expert_init, args.router_init, args.seed)
 
 
 def asked_experts(args: UpcycleArguments) -> dict[str, dict[str, Any]]:
@@ -153,24 +84,6 @@ def build_dense_config(
     )
 
 
-def load_generation(parent: Parent, config: VLMoEConfig) -> GenerationConfig:
-    """The LLM's generation settings, else those of its configuration.
-
-    Raises:
-        ValueError: when they cannot be read, or could not be written again.
-    """
-    file = parent.folder / GENERATION_CONFIG_NAME
-    if not file.is_file():
-        return GenerationConfig.from_model_config(config)
-    try:
-        read_json(file)  # names what is wrong with it
-        generation = GenerationConfig.from_pretrained(parent.folder)
-        generation.validate()
-    except BROKEN as error:
-        raise ValueError(f"{file} cannot be used: {error}. Mend it, or remove it for the defaults.") from error
-    return generation
-
-
 def build_config(dense_config: VLMoEConfig, asked: dict[str, dict], processor: VLMoEProcessor) -> VLMoEConfig:
     """The sparse model's configuration: the dense one, with experts, the image token, and rows for new tokens."""
     config = copy.deepcopy(dense_config)
@@ -225,14 +138,12 @@ def name_in_vlm(role: str, name: str, model: PreTrainedModel) -> str:
     return PART_PREFIX["text"] + name.removeprefix(base) if name.startswith(base) else name
 
 
-def plan_upcycle(args: UpcycleArguments) -> UpcyclePlan:
-    """Decides everything, from the parents' headers and configurations alone.
+def plan_composite(args: UpcycleArguments, asked: dict[str, dict], parents: dict[str, Parent]) -> UpcyclePlan:
+    """Decides everything about our own composite, from the parents' headers and configurations alone.
 
     Raises:
         ValueError: for whatever the user can mend.
     """
-    drawing, asked = choose_drawing(args), asked_experts(args)
-    parents = open_parents(args)
     dense = {
         role: find_native_tensors(parent) if is_llava(parent.config) and role == "vlm" else find_dense_tensors(parent)
         for role, parent in parents.items()
@@ -262,6 +173,19 @@ def plan_upcycle(args: UpcycleArguments) -> UpcyclePlan:
         pixel_shape=pixel_shape,
         mlps=mlps,
         mapping=mapping,
-        drawing=drawing,
+        drawing=choose_drawing(args),
         dtype=dtype,
     )
+
+
+def plan_upcycle(args: UpcycleArguments) -> UpcyclePlan:
+    """Decides everything, before the first byte is written.
+
+    Raises:
+        ValueError: for whatever the user can mend.
+    """
+    choose_drawing(args)
+    asked, parents = asked_experts(args), open_parents(args)
+    if "vlm" in parents and is_host(parents["vlm"].config):
+        return plan_in_place(args, asked, parents["vlm"])
+    return plan_composite(args, asked, parents)

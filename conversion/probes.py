@@ -79,9 +79,11 @@ class Probe:
         self.dtype, self.seed, self.findings = dtype, seed, findings
         self.given: Tensor | None = None
         self.rows: Tensor | None = None
+        self.is_done = False  # a ViT may run again in the same model, on frames
 
     def _note(self, module: nn.Module, args: tuple) -> None:
-        self.given = self._first_rows(args[0])
+        if self.given is None:
+            self.given = self._first_rows(args[0])
 
     @staticmethod
     def _first_rows(given: Tensor) -> Tensor:
@@ -91,6 +93,8 @@ class Probe:
         return probe_rows(self.path, self.sparse.router, self.seed)
 
     def _append(self, module: nn.Module, args: tuple) -> tuple:
+        if self.is_done:
+            return args
         assert self.given is not None, f"{self.path} did not run in its dense parent"
         given = args[0]
         self.findings.informative[f"{self.path}, {GIVEN}"] = measure_gap(self.given, self._first_rows(given))
@@ -102,6 +106,8 @@ class Probe:
         )
 
     def _compare(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        if self.is_done:
+            return output
         assert self.rows is not None
         assert self.given is not None
         own, extra = output.split([output.shape[-2] - len(self.rows), len(self.rows)], dim=-2)
@@ -111,7 +117,7 @@ class Probe:
         for where, part in (("random input", slice(num_real, None)), ("the dense model's input", slice(num_real))):
             nudged = partial(self._run_nudged, self.rows[part])
             self.findings.judge(f"{self.path} on {where}", dense[part], sparse[part], nudged)
-        self.given = self.rows = None
+        self.given, self.rows, self.is_done = None, None, True
         return own
 
     def _run_dense(self, rows: Tensor) -> Tensor:

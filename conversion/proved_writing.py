@@ -8,14 +8,13 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import custom_object_save
 
-from modeling_vlmoe import VLMoEForConditionalGeneration
 from modeling_vlmoe.companions import HISTORY_NAME
 from modeling_vlmoe.model_cards import write_card
 from modeling_vlmoe.weight_fingerprint import fingerprint
 
-from .meta_models import build_on_meta
+from .meta_models import build_vlm
 from .output_folder import check_space, whole_or_nothing
-from .planning import UpcyclePlan
+from .plans import UpcyclePlan
 from .receipt import build_receipt, write_receipt
 from .streaming import write_checkpoint
 from .summaries import format_bytes
@@ -30,8 +29,8 @@ def write_companions(plan: UpcyclePlan, folder: Path) -> None:
     """
     plan.config.save_pretrained(folder)
     plan.generation.save_pretrained(folder)
-    plan.processor.save_pretrained(folder)
-    custom_object_save(build_on_meta(lambda: VLMoEForConditionalGeneration(plan.config)), folder)
+    plan.write_processor(folder)
+    custom_object_save(build_vlm(plan.config), folder)
     for parent in plan.parents.values():
         if parent.role == "vlm" and (parent.folder / HISTORY_NAME).is_file():
             shutil.copyfile(parent.folder / HISTORY_NAME, folder / HISTORY_NAME)

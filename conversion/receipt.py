@@ -10,8 +10,8 @@ from typing import Any
 
 from modeling_vlmoe import __version__
 from modeling_vlmoe.companions import RECEIPT_NAME
-from modeling_vlmoe.configuration_vlmoe import PARTS
 from modeling_vlmoe.model_cards.side_files import read_side_file
+from modeling_vlmoe.moe_config import PARTS
 
 from .casts import find_casts
 from .connector_init import DrawnConnector
@@ -19,7 +19,7 @@ from .gaps import FLOOR_FACTOR, LIMIT, Findings
 from .licences import read_licence
 from .mapping import Mapping
 from .parents import Parent, is_on_hub
-from .planning import UpcyclePlan
+from .plans import UpcyclePlan
 
 PACKAGES = ("torch", "transformers", "safetensors")
 # A change of the receipt's shape that a reader has to know of raises this.
@@ -55,15 +55,7 @@ def describe_settings(plan: UpcyclePlan) -> dict[str, Any]:
         "router_init": plan.drawing.router_init,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "casts": [asdict(cast) for cast in find_casts(plan)],
-        "vision_feature_layer": config.vision_feature_layer,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        "image_token": plan.processor.image_token,
-        "image_token_id": config.image_token_id,
-        "num_image_tokens": plan.processor.num_image_tokens,
-        "vocabulary_rows": {
-            "parent": plan.dense_config.text_config.vocab_size,
-            "written": config.text_config.vocab_size,
-        },
+        **plan.describe_images(),
     }
 
 

@@ -18,7 +18,8 @@ from .export_plan import check_features, check_head, native_text_config
 from .meta_models import build_on_meta
 from .native_arguments import ExportArguments
 from .output_folder import check_output_folder, check_parents_survive
-from .planning import UpcyclePlan, plan_upcycle
+from .planning import plan_upcycle
+from .plans import UpcyclePlan
 from .proved_writing import write_proved
 from .summaries import summarise
 

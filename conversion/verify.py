@@ -12,9 +12,8 @@ How far results may be apart is said in `gaps`. The dense side is the parent in 
 the user's wish, an error is not; what a cast that rounds costs is measured too, but not judged.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,16 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_vlmoe.configuration_vlmoe import feature_layers
-from modeling_vlmoe.mlp_layouts import run_dense
+from modeling_vlmoe.modeling_in_place import is_in_place
+from modeling_vlmoe.parts_config import feature_layers
 
-from .block_probes import BlockProbe
-from .casts import find_casts
-from .dense_runs import DenseRun, dense_images, dense_text, image_results, parent_of, reads_ahead
-from .gaps import LIMIT, Findings, ProofError, measure_gap
-from .mapped_maths import mapped_maths
-from .mapping import PART_PREFIX
-from .planning import UpcyclePlan
-from .probes import GIVEN, Probe, all_of, hooked
-from .seeding import tensor_generator
-from .streaming import CheckpointReader
-from .written_checkpoint import check_weights, expert_pages, open_model, process_pictures
+from .dense_runs import dense_images, dense_text, image_results, parent_of, reads_ahead
+from .gaps import LIMIT, Findings, ProofError
+from .host_proof import HostProof
+from .part_proofs import PartProof
+from .plans import UpcyclePlan
+from .probes import hooked
+from .written_checkpoint import process_pictures
 
 NUM_TOKENS = 16
 NUM_SEEN = 8  # image features that the LLM reads: its cost is not to grow with the picture's tokens
@@ -43,84 +38,14 @@ NUM_SEEN = 8  # image features that the LLM reads: its cost is not to grow with 
 __all__ = ["LIMIT", "ProofError", "prove"]
 
 
-class Proof:
-    """One proof of one written folder.
+class Proof(PartProof):
+    """The proof of our composite: images and text apart, since its two parents may never have met."""
 
-    Args:
-        plan: What was to be written.
-        folder: What was written.
-        reads_all: As of `prove`.
-
-    Raises:
-        ProofError: when the files do not hold what they were to hold.
-    """
-
-    def __init__(self, plan: UpcyclePlan, folder: Path, reads_all: bool):
-        self.plan, self.folder = plan, folder
-        reader = CheckpointReader(folder)
-        repeated = set() if reads_all else plan.mapping.repeated(plan.drawing)
-        check_weights(plan.mapping, plan.drawing, reader, repeated)
-        self.sparse: Any = open_model(plan, folder, reader, repeated)
-        self.pages = expert_pages(plan, reader, self.sparse)
-        self.findings = Findings(claim=plan.claim)
-        self.rounded = {cast.parent for cast in find_casts(plan) if not cast.is_exact}
-
-    def _generator(self, name: str) -> torch.Generator:
-        return tensor_generator(self.plan.drawing.seed, f"proof of {name}")
-
-    def _probes(self, roots: dict[str, nn.Module]) -> list[Probe]:
-        """One probe for each sparse MLP of these parts."""
-        probes = []
-        for part, root in roots.items():
-            for path, mlp in self.plan.mlps.items():
-                if path.startswith(PART_PREFIX[part]):
-                    inner = path.removeprefix(PART_PREFIX[part])
-                    dense = root.get_submodule(inner)
-                    run = partial(run_dense, root.get_submodule(mlp.layout.source_path(inner)), mlp.layout)
-                    sparse: Any = self.sparse.get_submodule(path)
-                    seed = self.plan.drawing.seed
-                    kind = BlockProbe if hasattr(dense, "experts") else Probe  # the parent is sparse itself
-                    probes.append(kind(path, dense, run, sparse, self.plan.dtype, seed, self.findings))
-        return probes
-
-    def compare(
-        self,
-        part: str,
-        make_dense: Callable[[torch.dtype | None], DenseRun],
-        run_sparse: Callable[[], dict[str, Tensor]],
-    ) -> None:
-        """Runs a part dense and sparse, with probes in its MLPs, and judges the results.
-
-        Args:
-            part: `text` or `vision`: whose parent it is.
-            make_dense: Gives the dense run for the dtype that weights are rounded to.
-            run_sparse: Gives the sparse results under the same names.
-        """
-        dense = make_dense(self.plan.dtype)
-        probes = self._probes(dense.roots)
-        try:
-            with all_of([probe.noting() for probe in probes]):
-                wanted = dense()
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-            given = self.plan.parents[parent_of(self.plan, part)].given
-            raise ValueError(f"{given} cannot be run, as it is, on {part}: {error}. Mend or replace it.") from error
-        with mapped_maths(), all_of([probe.comparing() for probe in probes]):
-            got = run_sparse()
-        nudged_results = cache(lambda: dense(self._generator(f"{part} nudge")))
-        astray = self._first_astray(probes)
-        for what, dense_result in wanted.items():
-            nudged = partial(lambda what: nudged_results()[what], what)
-            self.findings.judge(what, dense_result, got[what], nudged, astray)
-        if parent_of(self.plan, part) in self.rounded:
-            for what, stored in make_dense(None)().items():
-                gap = measure_gap(stored, got[what])
-                self.findings.informative[f"{what}, against the parent as it is stored"] = gap
-
-    def _first_astray(self, probes: list[Probe]) -> str:
-        """The first MLP that is given something else than its dense one, for messages."""
-        given = ((probe.path, self.findings.informative[f"{probe.path}, {GIVEN}"]) for probe in probes)
-        first = next((path for path, gap in given if gap > LIMIT), None)
-        return "" if first is None else f" (first astray: what {first} is given)"
+    def run(self) -> None:
+        picture_ids, images = process_pictures(self.plan, self.folder)
+        features = self.prove_images(images)
+        self.check_placeholders(picture_ids, features.shape[1])
+        self.prove_text(picture_ids, features)
 
     def prove_images(self, images: dict[str, Tensor]) -> Tensor:
         """What ViT and connector make of pictures; gives their sparse features, (1, tokens, text width)."""
@@ -211,12 +136,10 @@ def prove(plan: UpcyclePlan, folder: Path, reads_all: bool = True) -> Findings:
         ProofError: naming the tensor, the layer, or the result that differs.
     """
     with one_thread():
-        proof = Proof(plan, folder, reads_all)
+        kind = HostProof if is_in_place(plan.config) else Proof
+        proof: PartProof = kind(plan, folder, reads_all)
         try:
-            picture_ids, images = process_pictures(plan, folder)
-            features = proof.prove_images(images)
-            proof.check_placeholders(picture_ids, features.shape[1])
-            proof.prove_text(picture_ids, features)
+            proof.run()
         finally:
             proof.pages.close()
     return proof.findings

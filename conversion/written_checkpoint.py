@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
-from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
+from modeling_vlmoe import VLMoEConfig, VLMoEProcessor
 from modeling_vlmoe.image_inputs import IMAGE_KEYS
 from modeling_vlmoe.sparse_moe import Experts
 
 from .gaps import ProofError
 from .mapping import Drawing, Mapping
-from .meta_models import build_on_meta, fill_mapped, in_float32, target_shapes
+from .meta_models import build_vlm, fill_mapped, in_float32, target_shapes
 from .page_flow import PageFlow
-from .planning import UpcyclePlan
+from .plans import UpcyclePlan
 from .processors import SHOWN_SIZES
 from .seeding import tensor_generator
 from .streaming import CheckpointReader, TensorSpec
@@ -126,7 +126,7 @@ def open_model(plan: UpcyclePlan, folder: Path, reader: CheckpointReader, repeat
         ProofError: when it has other tensors than were written.
     """
     config = load_written(VLMoEConfig, folder, CONFIG_NAME)
-    model = build_on_meta(lambda: VLMoEForConditionalGeneration(in_float32(config)))
+    model = build_vlm(in_float32(config))
     wanted = {spec.name: spec.shape for spec in plan.mapping.specs}
     check_listed("The model of the configuration that was written", target_shapes(model), wanted)
     for module in model.modules():

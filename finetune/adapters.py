@@ -20,15 +20,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from modeling_vlmoe.configuration_vlmoe import PARTS, VLMoEConfig, num_feature_layers
+from modeling_vlmoe.configuration_vlmoe import VLMoEConfig
 from modeling_vlmoe.mlp_layouts import LINEARS, MLP_NAMES, find_spread_layout
+from modeling_vlmoe.modeling_in_place import is_in_place
+from modeling_vlmoe.moe_config import PARTS
+from modeling_vlmoe.parts import connector_path, find_towers
+from modeling_vlmoe.parts_config import num_feature_layers
 from modeling_vlmoe.towers import sparse_blocks, tower_layers
 
 from .settings import FinetuneSettings, check_lora_words, nearest
 
 logger = logging.getLogger(__name__)
 
-TOWERS = {"text": "language_model", "vision": "vision_tower"}
 # Fields of PEFT's `LoraConfig` that `lora_config` works out, and the settings that say them.
 OWN_FIELDS = {
     "r": "lora_r",
@@ -52,11 +55,17 @@ def useful_layers(model: Any, part: str) -> Iterator[tuple[str, nn.Module]]:
     Args:
         model: a model with a head, `VLMoEForConditionalGeneration` or another.
         part: "text" or "vision".
+
+    Raises:
+        ValueError: if the model has no such tower.
     """
-    tower = getattr(model.base_model, TOWERS[part])
+    towers = find_towers(model)
+    if part not in towers:
+        raise ValueError(f"lora_parts asks for {part}, but the model has no {part} tower; leave it out.")
+    where, tower = towers[part]
     path, layers = tower_layers(tower)
     num_useful = num_feature_layers(model.config) if part == "vision" else len(layers)
-    prefix = f"{model.base_model_prefix}.{TOWERS[part]}.{path}"
+    prefix = f"{where}.{path}"
     for index in range(num_useful):
         yield f"{prefix}.{index}", layers[index]
 
@@ -85,6 +94,11 @@ def lora_modules(layer: nn.Module, targets: list[str]) -> list[str]:
 def lora_parameters(layer: nn.Module) -> list[str]:
     """The stacks of weights of a layer's experts, by their names in it (biases are vectors, not for LoRA)."""
     return [f"{path}.experts.{name}" for path, block in sparse_blocks(layer) for name in block.experts.stacks]
+
+
+def whole_connector(model: Any) -> str:
+    """The path of the connector that is trained whole: our composite's, or the MLP of a host's VLM."""
+    return connector_path(model) if is_in_place(model.config) else f"{model.base_model_prefix}.connector"
 
 
 def check_lora(config: Any, settings: FinetuneSettings, options: dict[str, Any] | None = None) -> None:
@@ -176,7 +190,7 @@ def lora_config(
             if settings.train_routers:
                 whole += [f"{prefix}.{path}.router" for path, _ in sparse_blocks(layer)]
     if settings.train_connector:
-        whole.append(f"{model.base_model_prefix}.connector")
+        whole.append(whole_connector(model))
     check_layouts(model, modules, parameters)
     if not modules and not parameters:
         raise ValueError(
@@ -213,7 +227,7 @@ def check_layouts(model: PreTrainedModel, modules: list[str], parameters: list[s
 def freeze_but_connector(model: PreTrainedModel) -> None:
     """Freezes all but the connector, with its router and experts where it is sparse."""
     model.requires_grad_(False)
-    model.base_model.connector.requires_grad_(True)
+    model.get_submodule(whole_connector(model)).requires_grad_(True)
 
 
 def set_loss_weights(config: Any, balance: float | None, z: float | None) -> None:

@@ -6,48 +6,58 @@
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from modeling_vlmoe.parts import connector_blocks, find_towers, has_layers
 from modeling_vlmoe.router_losses import RouterLosses
+from modeling_vlmoe.routing import RoutedModel
 from modeling_vlmoe.towers import tower_layers
-
-from .adapters import TOWERS
 
 # A sparse layer: its part, and its index in the tower (None for the connector).
 Layer = tuple[str, int | None]
 TEXT, IMAGE = 0, 1
+IMAGE_TOKENS = ("image_token_id", "image_token_index")
 
 
 def find_body(model: nn.Module) -> Any:
-    """The `VLMoEModel` inside a model, whatever is wrapped around it."""
+    """The model without a head inside a model, whatever is wrapped around it: a `VLMoEModel`, or that of a host's VLM.
+
+    Raises:
+        ValueError: if there is none.
+    """
     for module in model.modules():
-        # Its children, not its attributes: wrappers hand attributes on.
-        if all(name in module._modules for name in (*TOWERS.values(), "connector")):
-            return module
+        # Of its class, not its attributes: wrappers hand these on, and remote code has a `RoutedModel` of its own.
+        if hasattr(type(module), RoutedModel.weigh_losses.__name__):
+            return cast(Any, module).base_model
     raise ValueError(f"{type(model).__name__} holds no vlmoe model; give one.")
 
 
 def find_routers(body: Any) -> dict[Layer, list[RouterLosses]]:
     """The modules that see each sparse layer's routing; of a connector that PEFT trains, the copy too."""
     found: dict[Layer, list[RouterLosses]] = {}
-    holders: list[tuple[Layer, nn.Module]] = [(("connector", None), body.connector)]
-    for part, name in TOWERS.items():
-        _, layers = tower_layers(getattr(body, name))
-        holders += [((part, index), layer) for index, layer in enumerate(layers)]
+    holders: list[tuple[Layer, nn.Module]] = [(("connector", None), nn.ModuleList(connector_blocks(body)))]
+    for part, (_, tower) in find_towers(body).items():
+        if has_layers(tower):
+            holders += [((part, index), layer) for index, layer in enumerate(tower_layers(tower)[1])]
     for key, holder in holders:
         if routers := [module for module in holder.modules() if isinstance(module, RouterLosses)]:
             found[key] = routers
     return found
 
 
+def image_token(config: Any) -> int | None:
+    """The id of the placeholder that an image's features replace, by the names that configurations have for it."""
+    return next((value for name in IMAGE_TOKENS if (value := getattr(config, name, None)) is not None), None)
+
+
 @torch.no_grad()
 def find_image_tokens(body: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
     """Where images stand, (batch, sequence), told by the image token or by its embedding, as the model does."""
-    token = body.config.image_token_id
-    if input_ids is not None:
+    token = image_token(body.config)
+    if input_ids is not None and token is not None:
         return input_ids == token
     if inputs_embeds is None or token is None:
         return None

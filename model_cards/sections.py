@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from modeling_vlmoe.companions import HISTORY_NAME, RECEIPT_NAME
-from modeling_vlmoe.configuration_vlmoe import PARTS
 from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
+from modeling_vlmoe.moe_config import PARTS
 
 from .facts import CardFacts, are_recorded
 from .licences import licence_name, parent_licence, stated_otherwise

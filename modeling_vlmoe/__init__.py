@@ -55,22 +55,31 @@ def register() -> None:
     _is_registered = True
     import transformers
 
-    from .configuration_vlmoe import AUTO_MAP, VLMoEConfig
+    from .configuration_in_place import listen
+    from .configuration_vlmoe import VLMoEConfig
+    from .parts_config import AUTO_MAP
     from .processing_vlmoe import VLMoEProcessor
 
     transformers.AutoConfig.register(VLMoEConfig.model_type, VLMoEConfig)
     VLMoEConfig.register_for_auto_class()
+    model_classes: dict[str, Any] = {}
     for auto_name, reference in AUTO_MAP.items():
         if auto_name == "AutoConfig":
             continue
         module, _, name = reference.rpartition(".")
-        model_class = getattr(import_module(f".{module}", __name__), name)
+        model_class = model_classes[auto_name] = getattr(import_module(f".{module}", __name__), name)
         getattr(transformers, auto_name).register(VLMoEConfig, model_class)
         # One auto class per class is all the host writes; the configuration's own auto_map names the others.
         if model_class._auto_class is None:
             model_class.register_for_auto_class(auto_name)
     transformers.AutoProcessor.register(VLMoEConfig, VLMoEProcessor)
     VLMoEProcessor.register_for_auto_class()
+
+    def register_in_place(config_class: type) -> None:
+        for auto_name, model_class in model_classes.items():
+            getattr(transformers, auto_name).register(config_class, model_class)
+
+    listen(register_in_place)
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .configuration_vlmoe import num_feature_layers
+from .parts import find_towers
+from .parts_config import num_feature_layers
 from .towers import sparse_blocks, tower_layers
 
 logger = logging.getLogger(__name__)
@@ -51,10 +52,12 @@ def remedy(model: nn.Module) -> str:
 
 def count_unread(model: Any) -> int:
     """Trained weights of the ViT behind the layer that the connector reads, which never get a gradient."""
-    path, _ = tower_layers(model.vision_tower)
+    if (vision := find_towers(model).get("vision")) is None:
+        return 0
+    path, _ = tower_layers(vision[1])
     num_read = num_feature_layers(model.config)
     unread, is_past, is_behind = 0, False, False
-    for name, parameter in model.vision_tower.named_parameters():  # in the order of use: embeddings, layers, head
+    for name, parameter in vision[1].named_parameters():  # in the order of use: embeddings, layers, head
         if name.startswith(f"{path}."):
             is_past = True
             is_behind = int(name.removeprefix(f"{path}.").partition(".")[0]) >= num_read

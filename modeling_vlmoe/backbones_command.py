@@ -22,7 +22,7 @@ def run_backbones(
         str | None, typer.Option("--write", help="With --measure: the page to write; the table goes beside the code.")
     ] = None,
 ) -> None:
-    """Print which text and vision backbones of transformers can be upcycled, and why others cannot.
+    """Print which text and vision backbones and which VLMs of transformers can be upcycled, and why others cannot.
 
     A tiny model of each family went through the conversion. Named families are described; with --measure they, or all
     (some minutes), are measured again.

@@ -111,7 +111,7 @@ def command(name: str, settings: Any) -> Callable[[Callable[[Any], None]], Calla
 
 @command("upcycle", UpcycleArguments)
 def run_upcycle(args: UpcycleArguments) -> None:
-    """Make a sparse vision-language model of a dense LLM and a dense ViT, or of a dense vlmoe model (--vlm-model).
+    """Make a sparse vision-language model of a dense LLM and a dense ViT, or of a dense VLM (--vlm-model).
 
     It computes what its parents compute: that is proved on the written files, or nothing is written. Parts whose
     --*-experts is not given stay dense; with none of the three given, the LLM gets 8 experts, top-2; with --dense

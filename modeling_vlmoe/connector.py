@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .configuration_vlmoe import VLMoEConfig, feature_layers, feature_width
+from .configuration_vlmoe import VLMoEConfig, feature_width
 from .mlp_layouts import find_layout
+from .parts_config import feature_layers
 from .router_losses import RouterContext
 from .sparse_moe import Experts, SparseMoE
 from .towers import mark_initialized

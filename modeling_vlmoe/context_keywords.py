@@ -12,17 +12,11 @@ from typing import Any
 from torch import nn
 from transformers.utils.output_capturing import capture_outputs
 
+from .part_requests import CONTEXT
 from .router_losses import RouterContext, RouterLosses
 
-# The keyword by which a layer receives the router's context.
-CONTEXT = "router_context"
 # What a tower gives beside its own outputs, and where it stands in what `RouterLosses` gives.
 RECORDED = {"router_logits": 0, "router_losses": 2}
-
-
-def context_kwargs(context: RouterContext | None) -> dict[str, Any]:
-    """The keywords for a tower's forward that bring its sparse layers their context and report their losses."""
-    return {} if context is None else {CONTEXT: context, "output_router_losses": True}
 
 
 def check_runs_once(layer: Any, context: RouterContext) -> None:
@@ -85,7 +79,8 @@ def recorded(tower: nn.Module, names: list[str]) -> Iterator[dict[str, list[Any]
         for name in names:
             found[name].append(output[RECORDED[name]])
 
-    modules = [module for module in tower.modules() if isinstance(module, RouterLosses)]
+    layers = [layer for layer in tower.modules() if hasattr(layer, "sparse_attribute")]  # not a connector in a ViT
+    modules = [module for layer in layers for module in layer.modules() if isinstance(module, RouterLosses)]
     handles = [module.register_forward_hook(record) for module in modules]
     try:
         yield found
@@ -96,8 +91,27 @@ def recorded(tower: nn.Module, names: list[str]) -> Iterator[dict[str, list[Any]
 
 def run_sparse_tower(tower: Any, dense_forward: Any, *args: Any, **kwargs: Any) -> Any:
     """The dense class's forward with the router's keywords taken care of, whether or not it knows what to do with
-    them.
+    them, and whether its caller gives them or has left a request (`part_requests.PartRequest`).
     """
+    if (request := tower.request) is None:
+        outputs, found = _run(tower, dense_forward, *args, **kwargs)
+        for name, values in found.items():
+            outputs[name] = values
+        return outputs
+    wants_tuple = tower._is_recorded and kwargs.get("return_dict") is False
+    if wants_tuple:
+        del kwargs["return_dict"]
+    outputs, found = _run(tower, dense_forward, *args, **(kwargs | request.keywords()))
+    if tower._is_recorded:
+        found = {name: outputs.get(name) for name in RECORDED}
+    request.take(found.get("router_logits"), found.get("router_losses"))
+    if wants_tuple:
+        return tuple(value for name, value in outputs.items() if name not in RECORDED)
+    return outputs
+
+
+def _run(tower: Any, dense_forward: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, tuple[Any, ...]]]:
+    """The tower's outputs, and what was recorded where the host's recorder does not do it."""
     context, names = kwargs.get(CONTEXT), []
     if not tower._is_recorded:
         names = [name for name in RECORDED if kwargs.pop(f"output_{name}", False)]
@@ -105,10 +119,9 @@ def run_sparse_tower(tower: Any, dense_forward: Any, *args: Any, **kwargs: Any) 
         for name in (CONTEXT, *(f"output_{one}" for one in RECORDED)):
             kwargs.pop(name, None)
     if context is None and not names:
-        return dense_forward(tower, *args, **kwargs)
+        return dense_forward(tower, *args, **kwargs), {}
     with left_on_layers(tower, context), recorded(tower, names) as found:
         outputs = dense_forward(tower, *args, **kwargs)
-    for name, values in found.items():
-        if all(value is not None for value in values):
-            outputs[name] = tuple(values)
-    return outputs
+    return outputs, {
+        name: tuple(values) for name, values in found.items() if all(value is not None for value in values)
+    }

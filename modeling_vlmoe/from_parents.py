@@ -4,9 +4,9 @@ from typing import Any
 
 from transformers import AutoModel, AutoModelForCausalLM
 
-from .configuration_vlmoe import sparse_fields
 from .connector import VLMoEConnector
 from .image_inputs import find_form
+from .moe_config import sparse_fields
 from .recorders import install_recorders
 from .text_head import find_head
 from .towers import make_sparse, mark_initialized

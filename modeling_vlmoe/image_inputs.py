@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configuration_vlmoe import VLMoEConfig, feature_layers, feature_width, merges_patches
+from .configuration_vlmoe import VLMoEConfig, feature_width
+from .parts_config import feature_layers, merges_patches
 
 
 def is_named(parameter: inspect.Parameter) -> bool:

@@ -127,6 +127,8 @@ LAYOUTS = (
     MLPLayout("lin", up="lin1", down="lin2"),
     MLPLayout("sequential", up="0", down="2"),
     MLPLayout("in the layer", up="fc1", down="fc2", block="fc1"),
+    MLPLayout("in the projector", up="linear_1", down="linear_2", block="linear_1"),
+    MLPLayout("in the merger", up="linear_fc1", down="linear_fc2", block="linear_fc1"),
     MLPLayout("intermediate and output", up="intermediate.dense", down="output.dense", block="intermediate"),
 )
 
@@ -219,7 +221,9 @@ def find_spread_layout(layer: nn.Module) -> MLPLayout | None:
     """The layout of a layer whose MLP is not one module but several of its children; None where it has no such."""
     children = dict(layer.named_modules())
     for layout in LAYOUTS:
-        if layout.block is not None and all(isinstance(children.get(name), LINEARS) for name in layout.linears):
+        if layout.block is None or not all(isinstance(children.get(name), LINEARS) for name in layout.linears):
+            continue
+        if out_features(children[layout.inputs[0]]) == in_features(children[layout.down]):  # else halves are gated
             return layout
     return None
 

@@ -27,13 +27,16 @@ from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
 )
 
+from modeling_vlmoe.conversion.host_processors import load_processor
 from modeling_vlmoe.conversion.streaming import CheckpointReader, read_json
 from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
 from modeling_vlmoe.model_cards.licences import read_metadata
 from modeling_vlmoe.model_cards.notes import NOTES_NAME
 
 from .companions import CARD_NAME, HISTORY_NAME, RECEIPT_NAME
+from .configuration_in_place import BODY
 from .configuration_vlmoe import VLMoEConfig
+from .modeling_in_place import is_in_place
 from .processing_vlmoe import VLMoEProcessor
 
 LARGEST_FILE = 5 * 10**9
@@ -44,6 +47,7 @@ TEMPLATES = re.compile(rf"{CHAT_TEMPLATE_DIR}/[\w-]+\.jinja")
 PROCESSOR_FILES = (
     PROCESSOR_NAME,
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -138,11 +142,14 @@ def check_is_there(file: Path, why: str) -> None:
 
 
 def check_processor_loads(folder: Path) -> None:
-    """Loads the processor, as a user of the pushed folder would.
+    """Loads the processor, as a user of the pushed folder would; of a host's VLM that is sparse in place, the host's.
 
     Raises:
         ValueError: when it cannot be, or is another kind of processor.
     """
+    if holds_host(folder):
+        load_processor(folder, str(folder), read_json(folder / CONFIG_NAME)[BODY])
+        return
     check_is_there(folder / PROCESSOR_NAME, "but a vision-language model needs its processor")
     try:
         processor = AutoProcessor.from_pretrained(folder)
@@ -152,6 +159,19 @@ def check_processor_loads(folder: Path) -> None:
         ) from error
     if not isinstance(processor, VLMoEProcessor):
         raise ValueError(f"{folder / PROCESSOR_NAME} makes a {type(processor).__name__}; expected a VLMoEProcessor.")
+
+
+def holds_host(folder: Path) -> bool:
+    """Whether a folder holds a host's VLM that is sparse in place."""
+    config = folder / CONFIG_NAME
+    return config.is_file() and is_in_place(read_json(config))
+
+
+def naming_files(folder: Path, is_adapter: bool) -> tuple[str, ...]:
+    """The files that name our code: a host's own processor does not."""
+    if is_adapter:
+        return (PROCESSOR_NAME,)
+    return (CONFIG_NAME,) if holds_host(folder) else (CONFIG_NAME, PROCESSOR_NAME)
 
 
 def find_weights(folder: Path) -> list[str]:
@@ -263,7 +283,7 @@ def check_folder(given: str | Path, base_model: str | None = None) -> Pushed:
     else:
         files = check_model(folder)
     check_processor_loads(folder)
-    files += find_code(folder, (PROCESSOR_NAME,) if is_adapter else (CONFIG_NAME, PROCESSOR_NAME))
+    files += find_code(folder, naming_files(folder, is_adapter))
     held = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     files = sorted({*files, *(name for name in held if name in NAMED_FILES or TEMPLATES.fullmatch(name))})
     rest = {name.partition("/")[0] + "/" * ("/" in name) for name in held if name not in (*files, CARD_NAME)}

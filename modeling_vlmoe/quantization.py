@@ -25,8 +25,9 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from .configuration_vlmoe import PARTS
+from .moe_config import PARTS
 from .packed_adapters import guard, settle_adapters
+from .parts import blocks_of
 from .sparse_moe import Experts
 from .towers import mark_initialized, sparse_blocks
 
@@ -145,8 +146,7 @@ def _check(bits: int, parts: str | tuple[str, ...]) -> None:
 
 def _experts_of(model: nn.Module, parts: Iterable[str]) -> list[tuple[str, nn.Module]]:
     """The stacks of experts of these parts, by full name."""
-    prefixes = tuple(f"{PART_PATHS[part]}." for part in parts)
-    return [(path, block.experts) for path, block in sparse_blocks(model) if path.startswith(prefixes)]
+    return [(path, block.experts) for path, block in blocks_of(model, tuple(parts))]
 
 
 def skipped_modules(parts: Iterable[str] = ("text",)) -> list[str]:

@@ -29,6 +29,7 @@ from .mlp_layouts import (
     out_features,
     output_dropout,
 )
+from .part_requests import PartRequest
 from .router_losses import RouterContext, RouterLosses
 
 
@@ -328,6 +329,7 @@ class SparseMoE(nn.Module):
             self.shared_expert_gate = nn.Linear(width, 1, bias=False, **like)
         self.losses = RouterLosses(num_layers)
         self.context: RouterContext | None = None
+        self.request: PartRequest | None = None  # of a connector in a class of the host's
         # What the dense MLP does to its result.
         self.multiplier = getattr(dense_mlp, "down_multiplier", None)  # Falcon-H1
         self.output_dropout = nn.Dropout(output_dropout(dense_mlp, layout))
@@ -351,5 +353,9 @@ class SparseMoE(nn.Module):
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """Maps (..., D) to (..., O), as the dense MLP did; where that was given a residual, it is added."""
-        out = self.routed(hidden_states, self.context)[0]
+        if (request := self.request) is None:
+            out = self.routed(hidden_states, self.context)[0]
+        else:
+            out, logits, losses = self.routed(hidden_states, request.context)
+            request.take((logits,), (losses,))
         return out if residual is None else out + residual

@@ -20,8 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
-from .context_keywords import CONTEXT, RECORDED, check_runs_once, is_recorded, run_sparse_tower, takes_keywords
+from .context_keywords import RECORDED, check_runs_once, is_recorded, run_sparse_tower, takes_keywords
 from .mlp_layouts import ACTIVATION_NAMES, MLP_NAMES, MLPLayout, find_layout, find_spread_layout
+from .part_requests import CONTEXT
 from .recorders import forget_recorders, make_recorders_picklable, register_recorders
 from .router_losses import RouterLosses
 from .sparse_moe import Experts, Router, SparseMoE
@@ -34,6 +35,7 @@ LAYER_LISTS = (
     "model.layer",
     "vision_encoder.layers",
     "transformer.layers",
+    "transformer.encoder.layers",
     "h",
     "blocks",
     "layer",
@@ -145,6 +147,20 @@ def find_dense_mlp(tower: nn.Module, index: int) -> DenseMLP:
         said = f"{type(tower).__name__}: {where} has no MLP that matches: {error}"  # which says what to do
         raise ValueError(said) from error
     return DenseMLP(f"{where}.{names[0]}", layer, names[0], layout)
+
+
+def check_depth(tower: nn.Module, indices: list[int]) -> None:
+    """Refuses layers that a tower does not have, whatever its configuration says.
+
+    Raises:
+        ValueError: naming the layers.
+    """
+    path, layers = tower_layers(tower)
+    if missing := [index for index in indices if index >= len(layers)]:
+        raise ValueError(
+            f"{type(tower).__name__} has {len(layers)} layers ({path}), so {missing} cannot carry experts, though its "
+            "configuration counts more. Name `layers` that are there."
+        )
 
 
 def sparse_blocks(module: nn.Module) -> list[tuple[str, SparseMoE]]:
@@ -290,15 +306,12 @@ def sparse_tower_class(dense_class: Any) -> type:
     no_split = list(dense_class._no_split_modules or [])
     members = {
         "forward": forward,
+        "request": None,
         "_is_recorded": is_recorded(dense_class),
         "_takes_keywords": takes_keywords(dense_class),
         "_init_weights": _init_weights,
         "init_parallel_plans": init_parallel_plans,
         "save_pretrained": save_pretrained,
-        "_can_record_outputs": {
-            **(dense_class._can_record_outputs or {}),
-            **{name: OutputRecorder(RouterLosses, index=index) for name, index in RECORDED.items()},
-        },
         # The host answers these two by searching the source file of the class.
         "_can_set_experts_implementation": classmethod(lambda cls: True),
         "_can_set_attn_implementation": classmethod(lambda cls: dense_class._can_set_attn_implementation()),
@@ -324,6 +337,7 @@ def make_sparse(
     Raises:
         ValueError: naming the layer that has no MLP of a known layout.
     """
+    check_depth(tower, moe.layers)
     mlps = [find_dense_mlp(tower, index) for index in moe.layers]
     sparse_class: Any = sparse_tower_class(type(tower))
     for holder in layer_holders(tower):
@@ -343,6 +357,11 @@ def make_sparse(
         mlp.replace(block.train(tower.training))
         mlp.layer.__class__ = sparse_layer_class(type(mlp.layer))
         mlp.layer.sparse_attribute = mlp.attribute
+    path, _ = tower_layers(tower)
+    # By the layers' name, since a connector may stand behind them in the same tower (Qwen's).
+    tower._can_record_outputs = (type(tower)._can_record_outputs or {}) | {
+        name: OutputRecorder(RouterLosses, index=index, layer_name=path) for name, index in RECORDED.items()
+    }
     forget_recorders(tower)  # hooks that are in already would miss the new blocks
     register_recorders(tower)
     tower._no_split_modules = list(

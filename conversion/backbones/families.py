@@ -1,7 +1,8 @@
-"""Which families of transformers are text or vision backbones, as its own tables of auto classes say.
+"""Which families of transformers are text or vision backbones or whole VLMs, as its own tables of auto classes say.
 
-A text family is a configuration registered for `AutoModelForCausalLM`. A vision family is one registered for
-`AutoModel`, `AutoBackbone` or image classification whose model reads images and no text.
+A family of VLMs is a configuration registered for `AutoModelForImageTextToText`; a text family is one registered for
+`AutoModelForCausalLM`. A vision family is one registered for `AutoModel`, `AutoBackbone` or image classification whose
+model reads images and no text.
 """
 
 import inspect
@@ -15,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 TEXT_TABLES = ("MODEL_FOR_CAUSAL_LM_MAPPING",)
 VISION_TABLES = ("MODEL_MAPPING", "MODEL_FOR_BACKBONE_MAPPING", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING")
+VLM_TABLES = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",)
 # A vision model's forward has one of the first, and none of the others.
 IMAGE_INPUTS = ("pixel_values", "pixel_values_videos", "grid_thw", "image_grid_thw")
 TEXT_INPUTS = ("input_ids", "decoder_input_ids", "input_texts", "task_inputs")
@@ -49,9 +51,11 @@ def reads_images_only(family: str) -> bool:
 
 @cache
 def registered_families(part: str) -> tuple[str, ...]:
-    """The families of a part, "text" or "vision"; the first call for vision imports every model (about 10 s)."""
+    """The families of a part, "text", "vision" or "vlm"; the first call for vision imports every model (10 s)."""
     if part == "text":
         return tuple(registered_names(TEXT_TABLES))
+    if part == "vlm":
+        return tuple(registered_names(VLM_TABLES))
     return tuple(family for family in registered_names(VISION_TABLES) if reads_images_only(family))
 
 

@@ -8,7 +8,6 @@ that reads pixels is upcycled beside a fixed LLM too.
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
 from modeling_vlmoe import MoEConfig, register
-from modeling_vlmoe.configuration_vlmoe import sparse_fields
+from modeling_vlmoe.moe_config import sparse_fields
 from modeling_vlmoe.towers import find_dense_mlp, make_sparse, tower_layers
 
 from ..arguments import UpcycleArguments
@@ -28,54 +27,18 @@ from ..gaps import LIMIT, measure_gap
 from ..parents import BROKEN
 from ..upcycle import upcycle
 from .families import VISION_TABLES, config_class, registered_class, registered_families
+from .findings import FIRST_WORD, NUM_EXPERTS, NUM_TOKENS, Finding, first_tokens, judged, one_line
+from .measuring_vlms import measure_vlm
 from .table import CONVERTED, OTHER, PARTS, REFUSED, SPARSE, check_known
 from .tiny_configs import IMAGE_SIZE, VOCABULARY
 from .tiny_parents import IMAGE, build_parent, save_parent, save_partner
 from .tower_inputs import CallForm, call_form
 
-NUM_EXPERTS, NUM_TOKENS, FIRST_WORD = 4, 24, 5
-MOST_LETTERS = 2000
 EVERY_LAYER = {"output_hidden_states": True}
 # By any of these names a configuration says how many layers and heads of one width it has, and how it cuts images.
 DEPTHS = ("num_hidden_layers", "depth", "num_layers", "n_layers")
 HEADS = ("num_attention_heads", "num_heads", "n_heads")
 PATCHES = ("patch_size", "tubelet_size")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was found out about one family.
-
-    Attributes:
-        family: its model type.
-        part: "text" or "vision".
-        kind: one of `KINDS` (table.py).
-        gap: of logits or features, in standard deviations of the dense result; None where it was not converted.
-        layouts: how its MLPs are written.
-        reads: what a vision tower reads.
-        whole: the gap inside a written vision-language model; None where it has not been in one.
-        reason: why it was not converted; of a vision tower, why it was not in a whole model.
-    """
-
-    family: str
-    part: str
-    kind: str
-    gap: float | None = None
-    layouts: str = ""
-    reads: str = ""
-    whole: float | None = None
-    reason: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """What is not empty, as JSON values."""
-        return {name: value for name, value in asdict(self).items() if value not in ("", None)}
-
-
-def one_line(error: BaseException, folder: Path | None = None) -> str:
-    """What an error says, without line ends and the paths of this machine."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    said = said if folder is None else said.replace(f"{folder}/", "")
-    return f"{said[:MOST_LETTERS]} ..." if len(said) > MOST_LETTERS else said
 
 
 def other_models(config: PreTrainedConfig) -> list[str]:
@@ -154,8 +117,7 @@ def upcycled(family: str, part: str, parent: Any, folder: Path) -> Any:
 def measure_text(family: str) -> Finding:
     """Measures a text family that may be a decoder."""
     parent: Any = build_parent(family, "text")
-    generator = torch.Generator().manual_seed(5)
-    tokens = torch.randint(FIRST_WORD, VOCABULARY, (2, NUM_TOKENS), generator=generator)
+    tokens = first_tokens((2, NUM_TOKENS))
     wanted = logits_of(parent, tokens)
     if not is_causal(parent, tokens):
         return Finding(family, "text", OTHER, reason="its logits depend on later tokens: an encoder")
@@ -167,15 +129,6 @@ def measure_text(family: str) -> Finding:
             return Finding(family, "text", REFUSED, reason=one_line(error, Path(folder)))
         gap = measure_gap(wanted, logits_of(sparse, tokens)[..., : wanted.shape[-1]])
     return judged(Finding(family, "text", CONVERTED, gap, layouts))
-
-
-def judged(finding: Finding) -> Finding:
-    """A finding with a reason against it, or a gap that is too large, is no conversion."""
-    largest = max(gap for gap in (finding.gap, finding.whole) if gap is not None)
-    reason = finding.reason
-    if not largest <= LIMIT:
-        reason = f"differs by {largest:.2g} standard deviations, {LIMIT:.2g} are allowed"
-    return replace(finding, kind=REFUSED, reason=reason) if reason else finding
 
 
 def tensors_of(outputs: Any) -> dict[str, Tensor]:
@@ -262,7 +215,8 @@ def measure_vision(family: str) -> Finding:
     except BROKEN as error:
         return Finding(family, "vision", REFUSED, reads=form.name, reason=one_line(error))
     whole, reason = measure_whole(family, form, inputs)
-    return judged(Finding(family, "vision", CONVERTED, gap, layouts, form.name, whole, reason))
+    kind = REFUSED if reason else CONVERTED
+    return judged(Finding(family, "vision", kind, gap, layouts, form.name, whole, reason))
 
 
 MEASURES = {"text": measure_text, "vision": measure_vision}
@@ -285,6 +239,9 @@ def measure(family: str, part: str) -> Finding:
             config = config_class(family)()
     except (*BROKEN, StrictDataclassError) as error:
         return Finding(family, part, OTHER, reason=f"it cannot be made without another model: {one_line(error)}")
+    if part == "vlm":
+        with quiet():
+            return measure_vlm(family, config)
     pieces = [getattr(config, name, None) for name in config.sub_configs or {}]
     inner = [piece for piece in pieces if piece is not None and not piece.model_type]
     declared = [name for one in (config, *inner) for name in sparse_fields(one)]

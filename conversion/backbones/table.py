@@ -10,26 +10,29 @@ from pathlib import Path
 from typing import Any
 
 DATA = Path(__file__).with_name("backbones.json")
-PARTS = ("text", "vision")
+PARTS = ("text", "vision", "vlm")
 CONVERTED, REFUSED, SPARSE, OTHER = "converted", "refused", "already sparse", "not a decoder or ViT"
 KINDS = (CONVERTED, REFUSED, SPARSE, OTHER)
-NAMES = {"text": "LLMs", "vision": "ViTs"}
+NAMES = {"text": "LLMs", "vision": "ViTs", "vlm": "VLMs"}
 LONGEST = 300  # letters of a reason in the page; the command gives the whole of it
 INTRODUCTION = """\
 # Backbones
 
 <!-- Rendered from conversion/backbones/backbones.json by `vlmoe backbones --measure --write`; do not edit. -->
 
-Every configuration that transformers {version} registers for `AutoModelForCausalLM`, or for a model that reads images,
-as `vlmoe backbones` prints it. A tiny model of each family, every parameter of it drawn wide, goes through the
-conversion: {text} text and {vision} vision families are converted. `vlmoe backbones FAMILY` says more about one, and
+Every configuration that transformers {version} registers for `AutoModelForCausalLM`, for a model that reads images, or
+for `AutoModelForImageTextToText`, as `vlmoe backbones` prints it. A tiny model of each family, every parameter of it
+drawn wide, goes through the conversion: {text} text families, {vision} vision families and {vlm} whole VLMs are
+converted. `vlmoe backbones FAMILY` says more about one, and
 with `--measure` measures it again on the transformers that is installed.
 
 The gap is the largest difference to the dense model, in standard deviations of its result; 1e-05 is allowed. Of an LLM
 it is that of the logits of the written checkpoint, loaded as a user loads it. Of a ViT it is that of everything the
 tower gives, made sparse in every layer, on whatever it reads; "in a model" is the gap of what it gives inside a
 written vision-language model, which answers to a picture through its own processor. A ViT of which only the tower
-can be made sparse is refused.
+can be made sparse is refused. Of a VLM, which stays in its own class (`--vlm-model`; a LLaVA becomes our own
+composite), it is that of the logits of text, and of every MLP on random rows, sparse in each part that can be; a part
+that stays dense has its reason. The proof of `vlmoe upcycle` gives it pictures too.
 
 - **converted**: a tiny one was, within the gap.
 - **refused**: the reason is what the conversion says, on these tiny models.
@@ -58,7 +61,7 @@ def check_known(names: Iterable[str], known: Iterable[str], version: str) -> Non
     """
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(
-            f"transformers {version} has no text or vision backbone {', '.join(unknown)}; `vlmoe backbones` shows "
+            f"transformers {version} has no text, vision or VLM family {', '.join(unknown)}; `vlmoe backbones` shows "
             "those it has. Check the name: it is the model_type of a config.json."
         )
 
@@ -101,6 +104,11 @@ def _converted(part: str, rows: list[dict[str, Any]]) -> list[str]:
     if part == "text":
         of_text = [(row["family"], show_gap(row.get("gap")), row["layouts"]) for row in rows]
         return _rows(("family", "gap of logits", "how its MLPs are written"), of_text)
+    if part == "vlm":
+        of_vlm = [
+            (row["family"], show_gap(row["gap"]), row["layouts"], shorten(row.get("reason", ""))) for row in rows
+        ]
+        return _rows(("family", "gap of logits", "how the MLPs of its parts are written", "what stays dense"), of_vlm)
     cells = [
         (row["family"], row["reads"], show_gap(row["gap"]), show_gap(row["whole"]), row["layouts"]) for row in rows
     ]

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
-from modeling_vlmoe.configuration_vlmoe import PARTS
 from modeling_vlmoe.conversion import UpcycleArguments, upcycle
 from modeling_vlmoe.conversion.receipt import RECEIPT_NAME
+from modeling_vlmoe.moe_config import PARTS
 
 from ..arguments import parse_settings, read_recipe
 from ..data import load_chat_data

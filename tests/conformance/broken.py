@@ -99,7 +99,7 @@ MISTAKES = [
         "accumulation is not followed by the model",
         "Trainer",
         "accumulation",
-        lambda: patch("modeling_vlmoe.modeling_vlmoe._micro_batch_share", lambda *_: None),
+        lambda: patch("modeling_vlmoe.modeling_vlmoe.micro_batch_share", lambda *_: None),
     ),
     *(
         Mistake(

@@ -50,7 +50,9 @@ class MicroBatch:
 
 def part_of(name: str) -> str:
     """The part that a router is in, by its name in the body."""
-    return "vision" if "vision_tower" in name else "connector" if "connector" in name else "text"
+    if any(piece in name for piece in ("connector", "projector", "merger")):
+        return "connector"
+    return "vision" if "vision" in name or "visual" in name else "text"
 
 
 @contextmanager

@@ -43,6 +43,10 @@ SAMPLE = [
     ("vision", "vit_mae"),
     ("vision", "yolos"),
     ("text", "doge"),
+    ("vlm", "qwen2_5_vl"),
+    ("vlm", "internvl"),
+    ("vlm", "idefics"),
+    ("vlm", "llama4"),
 ]
 # Registered for images, and no ViT: models of images and text, and models of tokens that images were made of.
 NO_VISION = {"clip", "metaclip_2", "siglip", "siglip2", "tipsv2", "shieldgemma2", "imagegpt", "perceiver"}
@@ -67,6 +71,7 @@ def test_enough_families_are_converted_and_the_others_have_a_reason():
     counts = count_kinds(TABLE["findings"])
     assert counts["text"][CONVERTED] >= 60
     assert counts["vision"][CONVERTED] >= 45
+    assert counts["vlm"][CONVERTED] >= 25
     for row in TABLE["findings"]:
         assert row["kind"] in KINDS
         assert row["gap"] <= LIMIT if row["kind"] == CONVERTED else row["reason"], row
@@ -128,8 +133,8 @@ def test_the_command_measures_a_family_again():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["no-such"], "has no text or vision backbone no-such"),
-        (["no-such", "--measure"], "has no text or vision backbone no-such"),
+        (["no-such"], "has no text, vision or VLM family no-such"),
+        (["no-such", "--measure"], "has no text, vision or VLM family no-such"),
         (["--write", "page.md"], "give it with --measure"),
         (["gpt2", "--measure", "--write", "page.md"], "name no family"),
     ],

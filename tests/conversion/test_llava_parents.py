@@ -190,9 +190,9 @@ def test_raises_when_the_image_path_is_another(tmp_path, change, leaves_nothing)
             "--vision-feature-layer is -1, but the connector of .* was trained with -2",
         ),
         ({"image_token_index": 7}, {}, "has image_token_index 7, but its processor's <image> is 295"),
-        ({"model_type": "llava_next"}, {}, "is a llava_next model; expected a dense vlmoe or llava one"),
+        ({"model_type": "clip"}, {}, "is a clip model; expected a dense VLM that transformers registers"),
     ],
-    ids=["feature layer", "image token", "llava_next"],
+    ids=["feature layer", "image token", "no VLM"],
 )
 def test_raises_when_a_llava_cannot_be_upcycled(tmp_path, values, options, message, leaves_nothing):
     llava = save_llava(tmp_path / "llava", "llama")

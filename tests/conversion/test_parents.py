@@ -322,7 +322,7 @@ def test_raises_when_settings_make_no_sense(refuses, changes, message):
 
 def test_raises_when_the_vlm_parent_is_another_kind(refuses, parents):
     refuses(
-        "is a llama model; expected a dense vlmoe or llava one",
+        "is a llama model; expected a dense VLM that transformers registers",
         text_model=None,
         vision_model=None,
         vlm_model=parents / "llama",

@@ -23,7 +23,7 @@ from transformers import (
 
 import modeling_vlmoe
 from modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEModel, VLMoEProcessor
-from modeling_vlmoe.configuration_vlmoe import AUTO_MAP
+from modeling_vlmoe.parts_config import AUTO_MAP
 from tests.models import batch, processor, sparse_model
 
 GENERATION_CLASSES = [AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM]

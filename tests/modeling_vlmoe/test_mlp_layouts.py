@@ -36,8 +36,8 @@ FAMILIES = {
     "in the layer": ("text", "opt", {}),
     "intermediate and output": ("vision", "dpt", {}),
 }
-# The connector has tests of its own; the host cannot initialise a fused xLSTM (transformers 5.23).
-ELSEWHERE = {"connector", "proj_up, fused"}
+# Connectors have tests of their own; the host cannot initialise a fused xLSTM (transformers 5.23).
+ELSEWHERE = {"connector", "in the projector", "in the merger", "proj_up, fused"}
 # MLPs that compute more than their Linears and their activation.
 UNUSUAL = {
     "a norm inside": ("text", "bitnet", {}),

@@ -1,0 +1,137 @@
+"""The processor of a VLM that stays in its own class: its files, untouched, and what it makes of pictures and text."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import AutoProcessor, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    PROCESSOR_NAME,
+    is_torchvision_available,
+)
+
+from modeling_vlmoe.companions import CARRIED
+
+from .parents import BROKEN, WANTED_FILES, Parent
+from .streaming import read_json
+
+# In a parent's folder, but not its processor's; weights and their index are told by their names' ends.
+OTHERS = {CONFIG_NAME, GENERATION_CONFIG_NAME, *CARRIED, "adapter_config.json", "trainer_state.json"}
+WEIGHTS = (".safetensors", ".index.json")
+TEMPLATES = "additional_chat_templates"
+VIDEO = "video_processor"
+# What processors call the placeholder of an image in a text, the one that they read first.
+PLACEHOLDERS = ("boi_token", "image_token")
+QUESTION = "What is in the picture, and which colour does it have?"
+NO_VIDEO = "videos are not read: torchvision is not installed"
+
+
+def processor_files(folder: Path) -> list[Path]:
+    """The files of a processor: tokenizer, image and video processors, chat templates."""
+    found = {file for pattern in WANTED_FILES for file in folder.glob(pattern) if file.is_file()}
+    kept = [file for file in found if file.name not in OTHERS and not file.name.endswith(WEIGHTS)]
+    return sorted(kept) + sorted((folder / TEMPLATES).glob("*.jinja"))
+
+
+def copy_processor(source: Path, target: Path) -> None:
+    """Copies a processor's files as they are."""
+    for file in processor_files(source):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, place)
+
+
+def without_videos(processor_class: Any) -> Any:
+    """A processor class that does without its video processor, which transformers cannot even build where torchvision
+    is not installed (5.23); images and text are processed by the class's own code.
+    """
+
+    def get_attributes(cls):
+        return [name for name in processor_class.get_attributes() if name != VIDEO]
+
+    members = {"get_attributes": classmethod(get_attributes), "__module__": processor_class.__module__}
+    return type(processor_class.__name__, (processor_class,), members)
+
+
+def processor_class_of(folder: Path, model_type: str) -> Any:
+    """The class that a folder names as its processor's, else that of the model; None where there is none."""
+    file = folder / PROCESSOR_NAME
+    name = read_json(file).get("processor_class") if file.is_file() else None
+    name = name or PROCESSOR_MAPPING_NAMES.get(model_type)
+    return None if name is None else processor_class_from_name(name)
+
+
+def load_processor(folder: Path, given: str, model_type: str) -> tuple[Any, str | None]:
+    """The processor in a folder, by the class that transformers takes, and what it cannot read here.
+
+    Args:
+        folder: Where it is.
+        given: What messages call the model.
+        model_type: The dense model's.
+
+    Raises:
+        ValueError: when there is none that can be loaded.
+    """
+    found = processor_class_of(folder, model_type)
+    try:
+        does_without = found is not None and VIDEO in found.get_attributes() and not is_torchvision_available()
+        loader: Any = without_videos(found) if does_without else (found or AutoProcessor)
+        processor = loader.from_pretrained(folder, trust_remote_code=False)
+    except (*BROKEN, ImportError) as error:
+        raise ValueError(f"{given} has no processor that can be loaded. Add or mend it: {error}") from error
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(
+            f"{given} has a {type(processor).__name__} and no processor of images and text; expected the files of "
+            f"one beside the weights, {PROCESSOR_NAME} or preprocessor_config.json and a tokenizer's."
+        )
+    return processor, NO_VIDEO if does_without else None
+
+
+def picture_texts(processor: Any, num_pictures: int) -> Iterator[str]:
+    """Texts in which so many pictures have their places, in the ways in which processors want to be told."""
+    for name in PLACEHOLDERS:
+        if isinstance(token := getattr(processor, name, None), str):
+            yield f"{token * num_pictures}{QUESTION}"
+            yield "\n".join([token] * num_pictures) + f"\n{QUESTION}"
+    if getattr(processor, "chat_template", None):
+        content = [*({"type": "image"} for _ in range(num_pictures)), {"type": "text", "text": QUESTION}]
+        yield processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    yield QUESTION
+
+
+def process(processor: Any, pictures: list[Image.Image], given: str) -> dict[str, Any]:
+    """What a processor makes of pictures and a text.
+
+    Raises:
+        ValueError: when it reads them in no way that is known.
+    """
+    said = "it has no placeholder for images"
+    for text in picture_texts(processor, len(pictures)):
+        for images in (pictures, [pictures]):  # some want them by sample
+            try:
+                return dict(processor(text=[text], images=images, return_tensors="pt"))
+            except BROKEN as error:
+                said = str(error)
+    raise ValueError(f"The processor of {given} ({type(processor).__name__}) cannot read pictures. Mend it: {said}")
+
+
+def from_parent(parent: Parent) -> tuple[Any, str | None]:
+    """A parent's processor; see `load_processor`."""
+    return load_processor(parent.folder, parent.given, parent.config.model_type)
+
+
+def process_video(processor: Any, frames: list[Image.Image]) -> dict[str, Any] | None:
+    """What a processor makes of a video and a text; None where it has no placeholder for one or cannot read frames."""
+    if not isinstance(token := getattr(processor, "video_token", None), str):
+        return None
+    pixels = np.stack([np.asarray(frame) for frame in frames])
+    try:
+        return dict(processor(text=[f"{token}{QUESTION}"], videos=[pixels], return_tensors="pt"))
+    except BROKEN:
+        return None

@@ -1,0 +1,112 @@
+"""The proof of a VLM that stays in its own class: dense and sparse, it is given the same processed pictures and text,
+and where its processor reads videos here, a video.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.utils import PROCESSOR_NAME
+
+from .dense_runs import DenseRun, reference_model
+from .gaps import ProofError, nudge
+from .host_processors import VIDEO, load_processor, process, process_video
+from .part_proofs import PartProof
+from .probes import hooked
+from .processors import SHOWN_SIZES
+
+NUM_FRAMES = 4
+VLM = "vlm"
+
+
+def accepted(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Of what a processor gives, what a model's forward takes, everything where it takes any keyword; but no labels,
+    which PaliGemma's gives.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    return {name: value for name, value in inputs.items() if name != "labels" and (takes_any or name in parameters)}
+
+
+def nudged(inputs: dict[str, Any], generator: torch.Generator | None) -> dict[str, Any]:
+    """Inputs of which every number that is none of a token is moved by its last bit."""
+    if generator is None:
+        return inputs
+    return {
+        name: nudge(value, generator) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
+class HostProof(PartProof):
+    """The proof of a VLM that is sparse in place."""
+
+    def noise(self, number: int, size: tuple[int, int]) -> Image.Image:
+        """A picture of noise, of a width and a height."""
+        generator = self._generator(f"picture {number}")
+        pixels = torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8, generator=generator)
+        return Image.fromarray(pixels.numpy())
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        """What the written processor makes of a picture, and of a video; by what it is.
+
+        Raises:
+            ProofError: when it makes something else than the parent's does.
+        """
+        given, plan = self.plan.parents[VLM].given, self.plan
+        try:
+            written, _ = load_processor(self.folder, given, plan.config.body_model_type)
+        except ValueError as error:
+            raise ProofError(f"The processor that was written cannot be loaded: {error}") from error
+        pictures = [self.noise(0, SHOWN_SIZES[0])]
+        found = {"picture": process(written, pictures, given)}
+        wanted = process(plan.processor, pictures, given)
+        for name, value in wanted.items():
+            got = found["picture"].get(name)
+            if isinstance(value, Tensor) and not (isinstance(got, Tensor) and torch.equal(value, got)):
+                raise ProofError(
+                    f"The processor that was written ({PROCESSOR_NAME} and beside it) gives another {name} for a "
+                    "picture than its parent's. No checkpoint is written."
+                )
+        if VIDEO in written.get_attributes():
+            frames = [self.noise(number, SHOWN_SIZES[0]) for number in range(NUM_FRAMES)]
+            if (video := process_video(written, frames)) is not None:
+                found["video"] = video
+        return found
+
+    def dense_run(self, given: dict[str, dict[str, Any]], dtype: torch.dtype | None) -> DenseRun:
+        """The dense VLM on these inputs: its logits."""
+        model: Any = reference_model(self.plan, VLM, dtype)
+
+        def results(generator: torch.Generator | None) -> dict[str, Tensor]:
+            def change(module: Any, args: tuple, output: Tensor) -> Tensor:
+                return output if generator is None else nudge(output, generator)
+
+            with hooked(model.get_input_embeddings().register_forward_hook(change)):
+                return {
+                    f"logits of a {what} and text": self.logits(model, nudged(inputs, generator))
+                    for what, inputs in given.items()
+                }
+
+        return DenseRun({"": model}, dtype, results)
+
+    @staticmethod
+    def logits(model: Any, inputs: dict[str, Any]) -> Tensor:
+        """A model's logits, (1, sequence, vocabulary)."""
+        return model(**accepted(model, inputs), use_cache=False).logits
+
+    def run(self) -> None:
+        given = self.inputs()
+
+        def results() -> dict[str, Tensor]:
+            found = {
+                f"logits of a {what} and text": self.logits(self.sparse, inputs) for what, inputs in given.items()
+            }
+            for what, logits in found.items():
+                if not logits.isfinite().all():
+                    raise ProofError(f"The {what} are not finite. No checkpoint is written.")
+            return found
+
+        self.compare(VLM, lambda dtype: self.dense_run(given, dtype), results)

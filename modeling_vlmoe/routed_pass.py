@@ -1,0 +1,115 @@
+"""One forward pass of a host's VLM that is sparse in place: the host's own, around which its parts are asked."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_outputs import ModelOutput
+
+from .context_keywords import RECORDED
+from .moe_config import PARTS, part_config
+from .part_requests import PartRequest
+from .parts import connector_blocks
+from .router_losses import RouterContext, follow_loss
+from .routing import micro_batch_share
+
+# What outputs call the router logits of each part.
+LOGITS = {"text": "router_logits", "vision": "vision_router_logits", "connector": "connector_router_logits"}
+_ROUTED_OUTPUTS: dict[type, Any] = {}
+
+
+def routed_output_class(dense_class: Any) -> Any:
+    """The host's class of outputs with those of the routers; one per class."""
+    if dense_class not in _ROUTED_OUTPUTS:
+        names = [*LOGITS.values(), "router_losses", "aux_loss"]
+        members = {
+            "__module__": __name__,
+            "__annotations__": {name: Any for name in names if not hasattr(dense_class, name)},
+            **{name: field(default=None) for name in names if not hasattr(dense_class, name)},
+        }
+        made: Any = dataclass(type(f"Routed{dense_class.__name__}", (dense_class,), members))
+        _ROUTED_OUTPUTS[dense_class] = made
+    return _ROUTED_OUTPUTS[dense_class]
+
+
+def sparse_modules(body: Any) -> dict[str, list[Any]]:
+    """What is asked of each sparse part: the tower; of the connector, its experts (PEFT may hold a copy of them)."""
+    found: dict[str, list[Any]] = {}
+    for part in PARTS:
+        if body.config.moe(part) is not None:
+            is_tower = part in body.tower_paths
+            found[part] = [body.get_submodule(body.tower_paths[part])] if is_tower else connector_blocks(body)
+    return found
+
+
+@contextmanager
+def asked(body: Any, context: RouterContext | None, wants_logits: bool) -> Iterator[dict[str, PartRequest]]:
+    """Within it the sparse parts of a model find a request each, and answer it."""
+    modules = sparse_modules(body)
+    requests = {part: PartRequest(context and context.of(part), wants_logits) for part in modules}
+    body.is_asked = True
+    for part, holders in modules.items():
+        for holder in holders:
+            holder.request = requests[part]
+    try:
+        yield requests
+    finally:
+        body.is_asked = False
+        for holders in modules.values():
+            for holder in holders:
+                holder.request = None
+
+
+def add_routing(body: Any, outputs: Any, requests: dict[str, PartRequest], wants_logits: bool) -> Any:
+    """The host's outputs with the parts' answers; a tuple stays what it is."""
+    if not isinstance(outputs, ModelOutput):
+        return outputs
+    fields: dict[str, Any] = {}
+    if wants_logits:
+        fields = {LOGITS[part]: tuple(request.router_logits) for part, request in requests.items()}
+        fields = {name: value or None for name, value in fields.items()}
+    found = {part: request.router_losses for part, request in requests.items()}
+    fields["router_losses"], fields["aux_loss"] = body.weigh_losses(found, body.device)
+    # A body may give its LLM's outputs as they are, with what was recorded there.
+    given = {name: value for name, value in outputs.items() if name not in RECORDED}
+    return routed_output_class(type(outputs))(**(given | fields))
+
+
+def wants_router_logits(body: Any, given: bool | None) -> bool:
+    """Whether router logits are asked for: by the caller, else by the configuration."""
+    if given is not None:
+        return bool(given)
+    return bool(getattr(part_config(body.config, "text"), "output_router_logits", False))
+
+
+def run_routed(model: Any, dense_forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """The host's forward, around which the sparse parts are asked.
+
+    The outermost model opens the pass: the one with the head, or where a trainer calls the body alone (TRL), that.
+
+    Args:
+        model: a model with or without a head.
+        dense_forward: the host's forward.
+        given: its arguments by name, and `output_router_logits`.
+
+    Returns:
+        The host's outputs, with `router_logits`, `vision_router_logits`, `connector_router_logits` where they are
+        asked for, and in training `router_losses` and `aux_loss` (see `VLMoEModelOutputWithPast`).
+    """
+    body = model.base_model
+    if body.is_asked:
+        return dense_forward(model, **given)
+    wants_logits = wants_router_logits(body, given.pop("output_router_logits", None))
+    labels: Tensor | None = given.get("labels")
+    share = micro_batch_share(labels, given.get("num_items_in_batch"))
+    context = body.router_context(given.get("attention_mask"), share, has_loss=labels is not None)
+    if context is None and not wants_logits:
+        return dense_forward(model, **given)
+    with asked(body, context, wants_logits) as requests:
+        found = dense_forward(model, **given)
+    outputs: Any = add_routing(body, found, requests, wants_logits)
+    if labels is not None and isinstance(outputs, ModelOutput) and outputs.get("loss") is not None:
+        outputs["loss"] = follow_loss(outputs["loss"], context)
+    return outputs

@@ -1,0 +1,331 @@
+"""Any dense VLM of transformers is a parent: sparse in place, it computes, reads and writes what it did before."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from modeling_vlmoe.conversion import ExportArguments, ProofError, UpcycleArguments, export, upcycle
+from modeling_vlmoe.conversion.host_processors import load_processor, processor_files
+from modeling_vlmoe.conversion.planning import plan_upcycle
+from modeling_vlmoe.conversion.upcycle import preview, write_proved
+from modeling_vlmoe.push_checks import check_folder
+from modeling_vlmoe.quantization import quantize_experts
+from modeling_vlmoe.towers import sparse_blocks
+from tests import hosts
+from tests.models import gap
+
+LIMIT = 1e-5
+FAMILIES = list(hosts.HOSTS)
+WITH_TILES = [family for family, host in hosts.HOSTS.items() if host.tiles is not None]
+# Their videos are packed like their pictures, or are pictures.
+PACKED_VIDEOS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+
+
+def options(family):
+    """Every part of a family that can be sparse."""
+    asked = {"text_experts": 4, "vision_experts": 3}
+    return asked | ({"connector_experts": 4} if hosts.HOSTS[family].has_connector else {})
+
+
+@pytest.fixture(scope="session")
+def upcycled(tmp_path_factory):
+    """Gives a dense VLM's folder and that of the same VLM sparse in place, each written once, to be read only."""
+    root, made = tmp_path_factory.mktemp("hosts"), {}
+
+    def get(family):
+        if family not in made:
+            dense = hosts.save(root / family / "dense", family)
+            given = {"vlm_model": str(dense), "output_dir": str(root / family / "sparse")}
+            made[family] = dense, upcycle(UpcycleArguments(**given, **options(family)))
+        return made[family]
+
+    return get
+
+
+def load(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def pair(upcycled, family):
+    """Both models and the written processor."""
+    dense, sparse = upcycled(family)
+    return load(dense), load(sparse), load_processor(sparse, family, family)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_images", [(1,), (2,), (1, 2)], ids=str)
+def test_a_host_gives_the_dense_logits_and_tokens(upcycled, family, num_images):
+    """One picture, several of unlike sizes, and rows of unlike numbers of pictures."""
+    dense, sparse, processor = pair(upcycled, family)
+    host, given = hosts.HOSTS[family], hosts.inputs(processor, family, num_images)
+    assert isinstance(sparse, type(dense))
+    num_layers = sparse.config.get_text_config().num_hidden_layers
+    assert len(sparse_blocks(sparse)) == num_layers + (host.layers - max(1, host.layers // 2)) + host.has_connector
+    assert gap(sparse(**given).logits, dense(**given).logits) <= LIMIT
+    generated = [one.generate(**given, max_new_tokens=8, do_sample=False) for one in (sparse, dense)]
+    assert torch.equal(*generated)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_of_a_padded_batch_is_what_it_is_alone(upcycled, family):
+    _, sparse, processor = pair(upcycled, family)
+    host = hosts.HOSTS[family]
+    texts = [f"{host.place} what?", f"{host.place} what colour is the shape?"]
+    pictures = [hosts.picture(1), hosts.picture(2)]
+    made = processor(text=texts, images=[[one] for one in pictures], padding=True, return_tensors="pt")
+    made = hosts.accepted(family, made)
+    assert not made["attention_mask"].all()
+    together = sparse(**made).logits
+    for row, (text, picture) in enumerate(zip(texts, pictures, strict=True)):
+        alone = hosts.accepted(family, processor(text=[text], images=[[picture]], return_tensors="pt"))
+        logits = sparse(**alone).logits[0]
+        assert gap(together[row, -len(logits) :], logits) <= 2 * LIMIT
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", WITH_TILES)
+def test_tiling_on_and_off(upcycled, family):
+    dense, sparse, processor = pair(upcycled, family)
+    host, counts = hosts.HOSTS[family], []
+    for is_tiled in (True, False):
+        given = hosts.inputs(processor, family, (2,), **{host.tiles: is_tiled}, **host.tiling)
+        counts.append(given["input_ids"].shape[1])
+        assert gap(sparse(**given).logits, dense(**given).logits) <= LIMIT
+    assert counts[0] > counts[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", PACKED_VIDEOS)
+def test_a_video_beside_a_picture(upcycled, family):
+    """Frames are packed as the pictures' patches are; the video's placeholders stand where the processor puts them."""
+    dense, sparse, processor = pair(upcycled, family)
+    given = hosts.inputs(processor, family, (2,))
+    image, video = (dense.config.image_token_id, dense.config.video_token_id)
+    ids, grids = given["input_ids"].clone(), given.pop("image_grid_thw")
+    num_patches = int(grids[0].prod())
+    last = (ids == image).nonzero()[num_patches // 4 :, 1]  # those of the second picture
+    ids[0, last] = video
+    pixels = given.pop("pixel_values")
+    types = given["mm_token_type_ids"].clone()
+    types[0, last] = 2
+    given |= {"input_ids": ids, "mm_token_type_ids": types, "pixel_values": pixels[:num_patches]}
+    given |= {"image_grid_thw": grids[:1], "pixel_values_videos": pixels[num_patches:], "video_grid_thw": grids[1:]}
+    assert gap(sparse(**given).logits, dense(**given).logits) <= LIMIT
+    generated = [one.generate(**given, max_new_tokens=6, do_sample=False) for one in (sparse, dense)]
+    assert torch.equal(*generated)
+
+
+@torch.no_grad()
+def test_a_video_of_frames_beside_a_picture(upcycled):
+    """LLaVA-OneVision pools each frame, and its ViT runs twice in a pass."""
+    dense, sparse, processor = pair(upcycled, "llava_onevision")
+    given = hosts.inputs(processor, "llava_onevision")
+    frames = torch.stack([given["pixel_values"][0, 0], *given["pixel_values"][0, 1:3]])
+    num_tokens = len(frames) * (hosts.SIDE // hosts.PATCH // 2) ** 2 + 1
+    video = torch.full((1, num_tokens), dense.config.video_token_index)
+    given["input_ids"] = torch.cat([given["input_ids"], video], dim=1)
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    given["pixel_values_videos"] = frames[None]
+    assert gap(sparse(**given).logits, dense(**given).logits) <= LIMIT
+    routed = sparse(**given, output_router_logits=True)
+    assert len(routed.vision_router_logits) == 2 * 2
+    generated = [one.generate(**given, max_new_tokens=6, do_sample=False) for one in (sparse, dense)]
+    assert torch.equal(*generated)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2_vl", "idefics3"])
+def test_a_tied_head_stays_tied(tmp_path, family):
+    dense = hosts.save(tmp_path / "dense", family, tie_word_embeddings=True)
+    out = upcycle(UpcycleArguments(vlm_model=str(dense), output_dir=str(tmp_path / "out"), text_experts=4))
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 (no mapping)
+    given = hosts.inputs(load_processor(out, "it", family)[0], family)
+    assert gap(load(out)(**given).logits, load(dense)(**given).logits) <= LIMIT
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm", "llava_next"])
+def test_what_is_not_an_mlp_keeps_its_name_and_its_bytes(upcycled, family):
+    dense, sparse = upcycled(family)
+    stored, written = load(dense).state_dict(), load(sparse).state_dict()
+    kept = [name for name in written if ".experts." not in name and ".router." not in name]
+    assert all(torch.equal(written[name], stored[name]) for name in kept)
+    with safe_open(sparse / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(written)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_processor_is_the_hosts_untouched(upcycled, family):
+    dense, sparse = upcycled(family)
+    names = {file.name for file in processor_files(dense)}
+    assert {"tokenizer.json", "processor_config.json"} <= names
+    assert all((dense / name).read_bytes() == (sparse / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "smolvlm", "gemma3", "mistral3", "idefics3"])
+def test_auto_processor_gives_the_hosts(upcycled, family):
+    """The others' need torchvision, dense or sparse."""
+    dense, sparse = (AutoProcessor.from_pretrained(folder) for folder in upcycled(family))
+    assert type(dense) is type(sparse)
+    text = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which colour?"}]}]
+    assert dense.apply_chat_template(text) == sparse.apply_chat_template(text)
+
+
+def test_the_configuration_is_the_hosts_with_experts(upcycled):
+    dense, sparse = (AutoConfig.from_pretrained(folder) for folder in upcycled("qwen2_5_vl"))
+    assert isinstance(sparse, type(dense))
+    assert (sparse.model_type, sparse.body_model_type) == ("vlmoe", "qwen2_5_vl")
+    assert sparse.text_moe.layers == [0, 1, 2]
+    assert sparse.text_config.num_experts == 4
+    assert sparse.vision_moe.layers == [2, 3]
+    assert not hasattr(dense.text_config, "num_experts")
+
+
+def test_the_receipt_says_what_was_made_of_what(upcycled):
+    _, sparse = upcycled("internvl")
+    receipt = json.loads((sparse / "upcycle_receipt.json").read_text())
+    assert receipt["parents"]["vlm"]["model_type"] == "internvl"
+    assert receipt["settings"]["body_model_type"] == "internvl"
+    assert receipt["mapping"]["new"] == {"router": 6, "connector": 0}
+    assert receipt["proof"]["largest_gap"] <= receipt["proof"]["largest_gap_limit"]
+    assert "logits of a picture and text" in receipt["proof"]["gaps"]
+
+
+@torch.no_grad()
+def test_a_sharded_bfloat16_parent(tmp_path):
+    dense = hosts.save(tmp_path / "dense", "qwen2_5_vl", torch.bfloat16, shard_size="100KB")
+    assert len(list(dense.glob("*.safetensors"))) > 1
+    out = upcycle(UpcycleArguments(vlm_model=str(dense), output_dir=str(tmp_path / "out"), text_experts=4))
+    given = hosts.inputs(load_processor(out, "it", "qwen2_5_vl")[0], "qwen2_5_vl")
+    assert gap(load(out)(**given).logits, load(dense)(**given).logits) <= LIMIT
+    assert AutoModelForImageTextToText.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_a_preview_says_what_would_be_written(upcycled):
+    dense, _ = upcycled("smolvlm")
+    text = preview(UpcycleArguments(vlm_model=str(dense)))
+    assert "experts x" in text or "model.text_model.layers.*.mlp.experts.gate_up_proj [8, 96, 32]" in text
+    assert "is drawn" not in text
+
+
+def test_it_can_be_pushed_and_packed_but_not_exported(upcycled, tmp_path):
+    _, sparse = upcycled("smolvlm")
+    pushed = check_folder(sparse)
+    assert {"modeling_in_place.py", "processor_config.json", "tokenizer.json"} <= set(pushed.files)
+    assert pushed.left_out == []
+    packed = quantize_experts(AutoModelForImageTextToText.from_pretrained(sparse), bits=8)
+    assert [is_parametrized(block.experts) for path, block in sparse_blocks(packed) if "text_model" in path] == [
+        True
+    ] * 3
+    with pytest.raises(ValueError, match="is a smolvlm that is sparse in place; expected our own composite"):
+        export(ExportArguments(checkpoint=str(sparse), output_dir=str(tmp_path / "out")))
+
+
+# The proof can fail --------------------------------------------------------------------------
+
+
+def assignment(plan, ending):
+    return next(i for i, one in enumerate(plan.mapping.assignments) if one.spec.name.endswith(ending))
+
+
+def swap_rows(plan):
+    place = assignment(plan, "layers.1.mlp.experts.gate_up_proj")
+    one = plan.mapping.assignments[place]
+    plan.mapping.assignments[place] = replace(one, dense=one.dense[::-1])
+
+
+def another_layers(plan):
+    place, other = (assignment(plan, f"layers.{layer}.mlp.experts.down_proj") for layer in (1, 2))
+    wrong = plan.mapping.assignments[other].dense
+    plan.mapping.assignments[place] = replace(plan.mapping.assignments[place], dense=wrong)
+
+
+def no_renorm(plan):
+    plan.config.text_moe.norm_topk_prob = False
+
+
+MUTANTS = {
+    "gate and up swapped": (swap_rows, "layers.1.mlp on random input differs by"),
+    "another layer's MLP": (another_layers, "layers.1.mlp on random input differs by"),
+    "weights not renormalised": (no_renorm, "differs by"),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_raises_when_a_host_is_changed(upcycled, tmp_path, name, leaves_nothing):
+    change, message = MUTANTS[name]
+    dense, _ = upcycled("qwen2_5_vl")
+    plan = plan_upcycle(UpcycleArguments(vlm_model=str(dense), **options("qwen2_5_vl")))
+    change(plan)
+    with leaves_nothing(), pytest.raises(ProofError, match=message):
+        write_proved(plan, tmp_path / "out", force=False)
+
+
+def test_raises_when_one_expert_is_another(upcycled, tmp_path, monkeypatch, leaves_nothing):
+    """Found although experts that were all given as one are read by the first."""
+    dense, _ = upcycled("llava_next")
+    plan = plan_upcycle(UpcycleArguments(vlm_model=str(dense), text_experts=4))
+    whole = type(plan.mapping).blocks
+
+    def wrong(mapping, drawing):
+        def blocks(name):
+            given = list(whole(mapping, drawing)(name))
+            if name.endswith("layers.1.mlp.experts.down_proj"):
+                given[2] = given[2].flip(0)
+            return iter(given)
+
+        return blocks
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(plan.mapping), "blocks", wrong)
+        with leaves_nothing(), pytest.raises(ProofError, match=r"layers\.1\.mlp on random input differs by"):
+            write_proved(plan, tmp_path / "out", force=False)
+
+
+# What cannot be upcycled is refused ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "asked", "message"),
+    [
+        ("gemma3", {"connector_experts": 4}, r"no MLPs of a known layout between its ViT and its LLM; .*Gemma3Multi"),
+        ("smolvlm", {"dense": True}, "--dense is given, but .* is a dense smolvlm already"),
+        ("smolvlm", {"format": "native"}, "--format native writes LLaVA .* is a smolvlm, which stays"),
+        ("smolvlm", {"vision_feature_layer": -1}, "--vision-feature-layer is given, but the connector of .*smolvlm"),
+        ("llava_next", {"vision_experts": 2, "vision_layers": "3"}, "the connector reads the output of layer 2"),
+        ("qwen2_vl", {"text_experts": 2, "text_layers": "7"}, "the text tower has 3"),
+        ("qwen2_vl", {"text_experts": 2, "text_top_k": 3}, "num_experts_per_tok is 3, but there are 2 experts"),
+    ],
+    ids=str,
+)
+def test_raises_when_a_host_cannot_be_upcycled(upcycled, tmp_path, family, asked, message, leaves_nothing):
+    dense, _ = upcycled(family)
+    with leaves_nothing(), pytest.raises(ValueError, match=message):
+        upcycle(UpcycleArguments(vlm_model=str(dense), output_dir=str(tmp_path / "out"), **asked))
+
+
+def test_raises_when_the_llm_is_sparse_already(tmp_path, leaves_nothing):
+    folder = tmp_path / "dense"
+    AutoConfig.for_model("qwen3_vl_moe").save_pretrained(folder)
+    with leaves_nothing(), pytest.raises(ValueError, match="whose LLM is already sparse: its qwen3_vl_moe_text"):
+        upcycle(UpcycleArguments(vlm_model=str(folder), output_dir=str(tmp_path / "out")))
+
+
+def test_raises_when_it_is_sparse_in_place_already(upcycled, tmp_path, leaves_nothing):
+    _, sparse = upcycled("smolvlm")
+    with leaves_nothing(), pytest.raises(ValueError, match="its text part is already sparse \\(4 experts\\)"):
+        upcycle(UpcycleArguments(vlm_model=str(sparse), output_dir=str(tmp_path / "out")))
+
+
+def test_raises_when_there_is_no_processor(tmp_path, leaves_nothing):
+    folder = tmp_path / "dense"
+    hosts.model("llava_next").save_pretrained(folder)
+    with leaves_nothing(), pytest.raises(ValueError, match="has no processor that can be loaded"):
+        upcycle(UpcycleArguments(vlm_model=str(folder), output_dir=str(tmp_path / "out")))
