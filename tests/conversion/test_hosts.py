@@ -199,11 +199,12 @@ def test_the_receipt_says_what_was_made_of_what(upcycled):
 
 
 @torch.no_grad()
-def test_a_sharded_bfloat16_parent(tmp_path):
-    dense = hosts.save(tmp_path / "dense", "qwen2_5_vl", torch.bfloat16, shard_size="100KB")
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "gemma3", "mistral3"])
+def test_a_sharded_bfloat16_parent(tmp_path, family):
+    dense = hosts.save(tmp_path / "dense", family, torch.bfloat16, shard_size="60KB")
     assert len(list(dense.glob("*.safetensors"))) > 1
     out = upcycle(UpcycleArguments(vlm_model=str(dense), output_dir=str(tmp_path / "out"), text_experts=4))
-    given = hosts.inputs(load_processor(out, "it", "qwen2_5_vl")[0], "qwen2_5_vl")
+    given = hosts.inputs(load_processor(out, "it", family)[0], family)
     assert gap(load(out)(**given).logits, load(dense)(**given).logits) <= LIMIT
     assert AutoModelForImageTextToText.from_pretrained(out).dtype == torch.bfloat16
 
@@ -221,9 +222,8 @@ def test_it_can_be_pushed_and_packed_but_not_exported(upcycled, tmp_path):
     assert {"modeling_in_place.py", "processor_config.json", "tokenizer.json"} <= set(pushed.files)
     assert pushed.left_out == []
     packed = quantize_experts(AutoModelForImageTextToText.from_pretrained(sparse), bits=8)
-    assert [is_parametrized(block.experts) for path, block in sparse_blocks(packed) if "text_model" in path] == [
-        True
-    ] * 3
+    in_llm = [block for path, block in sparse_blocks(packed) if "text_model" in path]
+    assert [is_parametrized(block.experts) for block in in_llm] == [True] * 3
     with pytest.raises(ValueError, match="is a smolvlm that is sparse in place; expected our own composite"):
         export(ExportArguments(checkpoint=str(sparse), output_dir=str(tmp_path / "out")))
 
