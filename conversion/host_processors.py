@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,25 @@ def copy_processor(source: Path, target: Path) -> None:
         shutil.copyfile(file, place)
 
 
+def optional(function: Any, name: str) -> Any:
+    """A function with None as the default of one of its arguments, where that has none, and of those behind it.
+
+    It is copied, not wrapped: transformers reads the names of a processor's arguments off the code of its `__init__`.
+    """
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    defaults = function.__defaults__ or ()
+    missing = len(names) - len(defaults) - names.index(name) if name in names else 0
+    made = FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        (None,) * max(0, missing) + defaults,
+        function.__closure__,
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
 def without_videos(processor_class: Any) -> Any:
     """A processor class that does without its video processor, which transformers cannot even build where torchvision
     is not installed (5.23); images and text are processed by the class's own code.
@@ -55,7 +75,11 @@ def without_videos(processor_class: Any) -> Any:
     def get_attributes(cls):
         return [name for name in processor_class.get_attributes() if name != VIDEO]
 
-    members = {"get_attributes": classmethod(get_attributes), "__module__": processor_class.__module__}
+    members = {
+        "__init__": optional(processor_class.__init__, VIDEO),
+        "get_attributes": classmethod(get_attributes),
+        "__module__": processor_class.__module__,
+    }
     return type(processor_class.__name__, (processor_class,), members)
 
 

@@ -94,14 +94,14 @@ SPLIT = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": 
 TILES = {"size": SQUARE, "image_grid_pinpoints": PINPOINTS}
 
 
-def idefics(text: str) -> Host:
+def idefics(text: str, processor: str = "Idefics3Processor") -> Host:
     """Idefics3 and SmolVLM, which have one form."""
     return Host(
         text={"model_type": text},
         vision=tiny.VISION_FIELDS | {"image_size": SIDE},
         tokens=IDEFICS_TOKENS,
         ids={"image_token_id": "image_token"},
-        processor="Idefics3Processor",  # SmolVLM's needs the package num2words
+        processor=processor,
         image_processor=("Idefics3ImageProcessorPil", SPLIT),
         settings={"image_seq_len": 4},
         root={"scale_factor": 2},
@@ -142,7 +142,7 @@ HOSTS = {
         image_processor=QWEN_IMAGES,
         place=QWEN_PLACE,
     ),
-    "smolvlm": idefics("llama"),
+    "smolvlm": idefics("llama", "SmolVLMProcessor"),
     "idefics3": idefics("llama"),
     "llava_next": Host(
         text={"model_type": "mistral", "head_dim": 8},
@@ -235,7 +235,7 @@ def tokenizer(host: Host) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=plain.backend_tokenizer, padding_side="left", extra_special_tokens=host.tokens, **named
     )
-    if host.processor == "Idefics3Processor":
+    if host.tokens is IDEFICS_TOKENS:
         places = [f"<row_{row}_col_{column}>" for row in range(1, 3) for column in range(1, 3)]
         fast.add_tokens([*places, "<end_of_utterance>"], special_tokens=True)
     return fast

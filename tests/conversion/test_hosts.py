@@ -169,7 +169,7 @@ def test_the_processor_is_the_hosts_untouched(upcycled, family):
     assert all((dense / name).read_bytes() == (sparse / name).read_bytes() for name in names)
 
 
-@pytest.mark.parametrize("family", ["llava_next", "smolvlm", "gemma3", "mistral3", "idefics3"])
+@pytest.mark.parametrize("family", ["llava_next", "paligemma", "gemma3", "mistral3", "idefics3"])
 def test_auto_processor_gives_the_hosts(upcycled, family):
     """The others' need torchvision, dense or sparse."""
     dense, sparse = (AutoProcessor.from_pretrained(folder) for folder in upcycled(family))
