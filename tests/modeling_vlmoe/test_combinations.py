@@ -12,7 +12,13 @@ from tests.models import ALL_SPARSE, gap
 
 TEXT = ("llama", "gpt2", "bloom", "falcon", "mpt", "opt", "phi", "gemma2", "apertus", "lfm2")
 VISION = ("siglip_vision_model", "dinov2", "aimv2_vision_model", "dpt", "sam_vision_model", "vit_msn")
-PAIRS = [(text, vision) for text in TEXT for vision in VISION]
+# A sample in which each is once; the others are slow for their number.
+FEW = {(text, VISION[number % len(VISION)]) for number, text in enumerate(TEXT)}
+PAIRS = [
+    pytest.param(text, vision, marks=() if (text, vision) in FEW else pytest.mark.slow)
+    for text in TEXT
+    for vision in VISION
+]
 GREEDY = {"do_sample": False, "pad_token_id": 0, "suppress_tokens": [300]}  # an image token would want an image
 IMAGE_TOKEN, NUM_PATCHES = 300, (IMAGE_SIZE // PATCH_SIZE) ** 2
 
