@@ -25,6 +25,8 @@ from modeling_vlmoe.modeling_in_place import is_in_place
 from .export_plan import ExportPlan, describe_experts, plan_export
 from .export_proof import measure_mean, prove_export
 from .gaps import Findings
+from .host_export import HostExportPlan, plan_host_export
+from .host_export_proof import prove_host_export
 from .native_arguments import ExportArguments
 from .output_folder import check_output_folder, check_parents_survive, check_space, whole_or_nothing
 from .parents import Parent, commit_of, find_folder, read_config
@@ -74,15 +76,26 @@ def write_export(source: Parent, args: ExportArguments, output: Path) -> Path:
     Raises:
         ValueError, ProofError, OSError: as `export`.
     """
-    plan = plan_export(args, source)
-    refuse_unlike_experts(plan)
+    plan = make_plan(args, source)
     check_space(output, plan.mapping.num_bytes)
     with whole_or_nothing(output, args.force) as folder:
         hashes = write_checkpoint(folder, plan.mapping.specs, plan.mapping.blocks(plan.drawing))
         write_companions(plan, folder)
         logger.info("Running the written files against the checkpoint.")
-        write_receipt(plan, prove_export(plan, folder), hashes, folder)
+        prove = prove_host_export if isinstance(plan, HostExportPlan) else prove_export
+        write_receipt(plan, prove(plan, folder), hashes, folder)
     return output
+
+
+def make_plan(args: ExportArguments, source: Parent) -> Any:
+    """The plan for our own composite, or for a host's VLM that is sparse in place.
+
+    Raises:
+        ValueError: for whatever cannot be written without loss, naming it.
+    """
+    plan = plan_host_export(args, source) if is_in_place(source.config) else plan_export(args, source)
+    refuse_unlike_experts(plan)
+    return plan
 
 
 def preview_export(args: ExportArguments) -> str:
@@ -93,9 +106,8 @@ def preview_export(args: ExportArguments) -> str:
     """
     register()
     with opened(args) as source:
-        plan = plan_export(args, source)
-        refuse_unlike_experts(plan)
-        return summarise(plan.mapping)
+        plan = make_plan(args, source)
+        return "\n".join(line for line in (plan.summary, summarise(plan.mapping)) if line)
 
 
 @contextmanager
@@ -122,18 +134,8 @@ def opened(args: ExportArguments) -> Iterator[Parent]:
 
 
 def open_checkpoint(given: str, folder: Path) -> Parent:
-    """A vlmoe checkpoint, with its tensors.
-
-    Raises:
-        ValueError: when it is a host's VLM that is sparse in place.
-    """
-    config = read_config(folder)
-    if is_in_place(config):
-        raise ValueError(
-            f"{given} is a {config.body_model_type} that is sparse in place; expected our own composite, of an LLM "
-            "and a ViT or of a LLaVA, which alone has a form in transformers' own classes to be exported to."
-        )
-    return Parent("vlm", given, folder, commit_of(folder), config, CheckpointReader(folder))
+    """A vlmoe checkpoint, with its tensors."""
+    return Parent("vlm", given, folder, commit_of(folder), read_config(folder), CheckpointReader(folder))
 
 
 def refuse_unlike_experts(plan: ExportPlan) -> None:
@@ -183,7 +185,7 @@ def build_receipt(plan: ExportPlan, findings: Findings, hashes: dict[str, str]) 
     """The receipt as JSON values; no path of the machine."""
     folder = plan.source.folder
     upcycling = read_json(folder / RECEIPT_NAME) if (folder / RECEIPT_NAME).is_file() else {}
-    text = getattr(plan.native, "text_config", plan.native)
+    text = plan.native.get_text_config()
     return {
         "format": FORMAT,
         "source": {"name": Path(plan.source.given).resolve().name, "revision": plan.source.revision},
@@ -199,6 +201,7 @@ def build_receipt(plan: ExportPlan, findings: Findings, hashes: dict[str, str]) 
         "not_carried": not_carried(plan),
         "mapping": describe_mapping(plan.mapping),
         "proof": describe_proof(findings),
+        "not_proved": plan.not_proved,
         "files_sha256": hashes,
         "settings": {"to": plan.args.to, "mean_experts": plan.args.mean_experts},
         "versions": {"vlmoe": __version__, **{package: version(package) for package in PACKAGES}},
@@ -234,5 +237,7 @@ def describe_receipt(receipt: dict[str, Any]) -> str:
         )
     if not receipt["is_exact"]:
         lines.append("NOT equal: the experts of ViT or connector, which are written as their mean (--mean-experts)")
+    if receipt["not_proved"]:
+        lines.append(f"not proved: {receipt['not_proved']}")
     told = {what: gap for what, gap in proof["informative"].items() if GIVEN not in what}
     return "\n".join(lines + [f"{what}: {gap:.2g} standard deviations" for what, gap in told.items()])

@@ -11,7 +11,7 @@ from modeling_vlmoe.moe_config import HOSTED_FIELDS
 from .export_plan import ExportPlan
 from .gaps import ProofError
 from .llava_parents import vlmoe_fields
-from .native_targets import declared_fields, from_native, plain_head_dim, window_layers
+from .native_targets import Pair, declared_fields, from_native, plain_head_dim, window_layers
 
 # Compared by their own fields; and what `check_features` has compared where it matters.
 APART = {"text_config", "vision_config", "vision_num_prefix_tokens"}
@@ -33,6 +33,30 @@ def text_meaning(text: PreTrainedConfig) -> dict[str, Any]:
     for name in ("use_sliding_window", "max_window_layers", "layer_types", "tie_word_embeddings"):
         said.pop(name, None)  # in "windows"; the tie is the root's
     return said if said["windows"] else {name: value for name, value in said.items() if name != "sliding_window"}
+
+
+def carried_meaning(pair: Pair | None, text: PreTrainedConfig) -> dict[str, Any]:
+    """What a dense LLM's configuration says that the sparse one of a pair has to say too; all of it without a pair.
+
+    The dense MLPs' width is not among it where the sparse family has none: Mixtral's `intermediate_size` is that of
+    the experts, which is compared as such.
+    """
+    idle = () if pair is None else (*pair.idle, pair.sparse.expert_width)
+    return {name: value for name, value in text_meaning(text).items() if name not in idle}
+
+
+def check_experts(plan: ExportPlan, moe: dict[str, Any]) -> None:
+    """Compares the experts' settings with those that a written LM means.
+
+    Raises:
+        ProofError: naming the field that differs.
+    """
+    wanted = {name: getattr(plan.config.text_moe, name) for name in MOE_FIELDS}
+    if plan.equal_layers:
+        wanted["layers"] = sorted([*wanted["layers"], *plan.equal_layers])
+    if not plan.config.text_moe.num_shared_experts:  # one of zeros may stand there
+        wanted = {name: value for name, value in wanted.items() if "shared" not in name}
+    compare("LLM's experts", wanted, moe)
 
 
 def compare(what: str, wanted: dict[str, Any], written: dict[str, Any]) -> None:
@@ -62,15 +86,10 @@ def check_meaning(plan: ExportPlan, written: PreTrainedConfig) -> None:
     config: Any = plan.config
     native = getattr(written, "text_config", written)
     dense, moe = (native, None) if plan.pair is None else from_native(native)
-    compare("LLM", text_meaning(config.text_config), text_meaning(dense))
+    compare("LLM", carried_meaning(plan.pair, config.text_config), text_meaning(dense))
     compare("whole", {"tie": config.tie_word_embeddings}, {"tie": written.tie_word_embeddings})
     if moe is not None:
-        wanted = {name: getattr(config.text_moe, name) for name in MOE_FIELDS}
-        if plan.equal_layers:
-            wanted["layers"] = sorted([*wanted["layers"], *plan.equal_layers])
-        if not config.text_moe.num_shared_experts:  # one of zeros may stand there
-            wanted = {name: value for name, value in wanted.items() if "shared" not in name}
-        compare("LLM's experts", wanted, moe)
+        check_experts(plan, moe)
     if native is not written:
         fields = vlmoe_fields(written, dense)
         compare("whole", {name: getattr(config, name) for name in fields if name not in APART}, fields)

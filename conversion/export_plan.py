@@ -20,7 +20,7 @@ from .dense_tensors import DenseTensors, find_dense_tensors
 from .llava_parents import NUM_LEFT_OUT
 from .mapping import EXPERTS, PART_PREFIX, Mapping
 from .meta_models import build_on_meta
-from .native_arguments import ExportArguments
+from .native_arguments import TEXT, ExportArguments
 from .native_mapping import DRAWING, LLAVA_NAMES, DenseForm, Names, NativeMapping, all_equal
 from .native_processor import build_llava_processor, native_tokenizer
 from .native_targets import Pair, choose_pair, dense_layers, to_native
@@ -63,6 +63,16 @@ class ExportPlan:
     mapping: Mapping
     forms: dict[str, DenseForm]
     drawing = DRAWING
+
+    @property
+    def summary(self) -> str:
+        """What becomes of what, where the mapping alone does not say it."""
+        return ""
+
+    @property
+    def not_proved(self) -> str | None:
+        """What nothing proves, and why; None where all is proved."""
+        return None
 
     @property
     def is_exact(self) -> bool:
@@ -150,6 +160,23 @@ def dense_twin(config: Any) -> Any:
     return build_on_meta(lambda: VLMoEForConditionalGeneration(dense_config))
 
 
+def obstacles(moe: Any, are_equal: bool, is_as_wide: bool) -> tuple[str, ...]:
+    """Why one dense MLP cannot compute what experts compute.
+
+    Args:
+        moe: their `MoEConfig`.
+        are_equal: whether they are copies of one another.
+        is_as_wide: whether they are as wide as the dense MLP.
+    """
+    found = {
+        "are no longer copies of one another": not are_equal,
+        "are not as wide as the dense MLP": not is_as_wide,
+        "have weights that do not sum to one (norm_topk_prob is False)": not moe.norm_topk_prob,
+        "have a shared expert beside them": bool(moe.num_shared_experts),
+    }
+    return tuple(reason for reason, is_one in found.items() if is_one)
+
+
 def dense_forms(source: DenseTensors, config: Any, dense: Any) -> dict[str, DenseForm]:
     """How the experts of ViT and connector would become dense MLPs.
 
@@ -175,13 +202,7 @@ def dense_forms(source: DenseTensors, config: Any, dense: Any) -> dict[str, Dens
             == dense.get_parameter(f"{path}.{layout.down}.weight").numel()
             for path, (layout, _) in layouts.items()
         )
-        obstacles = {
-            "are no longer copies of one another": not all(all_equal(source.tensor(name)) for name in stacks),
-            "are not as wide as the dense MLP": not is_as_wide,
-            "have weights that do not sum to one (norm_topk_prob is False)": not moe.norm_topk_prob,
-            "have a shared expert beside them": bool(moe.num_shared_experts),
-        }
-        reasons = tuple(reason for reason, is_one in obstacles.items() if is_one)
+        reasons = obstacles(moe, all(all_equal(source.tensor(name)) for name in stacks), is_as_wide)
         forms[part] = DenseForm(layouts, reasons, is_as_wide and not moe.num_shared_experts)
     return forms
 
@@ -224,7 +245,7 @@ def plan_export(args: ExportArguments, source: Parent) -> ExportPlan:
     pixel_shape = measure_image(processor.image_processor, twin, source).pixel_shape
     pair, text = native_text_config(config)
     forms: dict[str, DenseForm] = {}
-    if args.to == "llava":
+    if args.to != TEXT:
         check_head(config)
         check_features(model)
         forms = dense_forms(tensors, config, twin)

@@ -35,6 +35,7 @@ from .gaps import Findings, measure_gap, nudge
 from .low_precision import mapped_bfloat16, to_bfloat16
 from .mapped_maths import mapped_maths
 from .meta_models import build_on_meta, fill_mapped
+from .native_arguments import TEXT
 from .native_mapping import LLAVA_NAMES
 from .native_processor import check_processor, picture
 from .native_tensors import AUTO_CLASSES, NativeTensors, fill_native, find_native_tensors
@@ -94,7 +95,7 @@ class ExportProof:
         check_weights(plan.mapping, plan.drawing, reader, set())
         config = load_written(AutoConfig, folder, CONFIG_NAME)
         self.config = config
-        role = "vlm" if plan.args.to == "llava" else "text"
+        role = "text" if plan.args.to == TEXT else "vlm"
         self.tensors: NativeTensors = find_native_tensors(Parent(role, folder.name, folder, None, config, reader))
         self.native: Any = fill_native(self.tensors)
         self.vlmoe = map_vlmoe(plan)
@@ -121,14 +122,31 @@ class ExportProof:
             return []
         path, ours = tower_layers(self.vlmoe.model.language_model)
         _, theirs = tower_layers(
-            self.native.base_model if self.plan.args.to == "text" else self.native.model.language_model
+            self.native.base_model if self.plan.args.to == TEXT else self.native.model.language_model
         )
+        return self._block_probes(path, ours, theirs)
+
+    def _block_probes(self, path: str, ours: nn.ModuleList, theirs: nn.ModuleList) -> list[BlockProbe]:
+        """One for each of the layers that is sparse in the written LM."""
         seed, dtype = self.plan.drawing.seed, None
         return [
             BlockProbe(f"{path}.{index}.mlp", one.mlp, one.mlp, other.mlp, dtype, seed, self.findings)  # type: ignore[arg-type]
             for index, (one, other) in enumerate(zip(ours, theirs, strict=True))
             if hasattr(other.mlp, "experts")
         ]
+
+    def run(self) -> None:
+        """Proves what the form calls for.
+
+        Raises:
+            ProofError: naming what differs.
+        """
+        features = None
+        if self.plan.args.to != TEXT:
+            check_processor(self.plan.processor, self.folder)
+            features = self.prove_images()
+        self.prove_text(features)
+        check_meaning(self.plan, self.config)
 
     def prove_images(self) -> Tensor:
         """Gives the written model's image features; those of experts' means are measured only."""
@@ -229,15 +247,15 @@ def prove_export(plan: ExportPlan, folder: Path) -> Findings:
     Raises:
         ProofError: naming the tensor, the layer, or the result that differs.
     """
+    return run_proof(ExportProof, plan, folder)
+
+
+def run_proof(kind: type[ExportProof], plan: ExportPlan, folder: Path) -> Findings:
+    """Runs a proof of this kind; see `prove_export`."""
     with one_thread():
-        proof = ExportProof(plan, folder)
+        proof = kind(plan, folder)
         try:
-            features = None
-            if plan.args.to == "llava":
-                check_processor(plan.processor, folder)
-                features = proof.prove_images()
-            proof.prove_text(features)
-            check_meaning(plan, proof.config)
+            proof.run()
         finally:
             proof.pages.close()
     return proof.findings

@@ -62,7 +62,8 @@ def check_options(args: UpcycleArguments, parent: Parent) -> None:
     if args.format == NATIVE:
         raise ValueError(
             f"--format {NATIVE} writes LLaVA around a sparse LM, but --vlm-model {parent.given} is a {model_type}, "
-            "which stays in its own class. Leave --format out."
+            "which stays in its own class. Leave --format out; `vlmoe export` writes the result in transformers' own "
+            "classes, where they have one for it."
         )
     for name in COMPOSITE_OPTIONS:
         if getattr(args, name) is not None:

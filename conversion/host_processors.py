@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoProcessor, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     PROCESSOR_NAME,
@@ -18,12 +19,15 @@ from transformers.utils import (
 )
 
 from modeling_vlmoe.companions import CARRIED
+from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
+from modeling_vlmoe.model_cards.side_files import EVAL_RESULTS_NAME, TRAINER_STATE_NAME
 
 from .parents import BROKEN, WANTED_FILES, Parent
 from .streaming import read_json
 
 # In a parent's folder, but not its processor's; weights and their index are told by their names' ends.
-OTHERS = {CONFIG_NAME, GENERATION_CONFIG_NAME, *CARRIED, "adapter_config.json", "trainer_state.json"}
+RESULTS = (EVALUATION_NAME, EVAL_RESULTS_NAME, TRAINER_STATE_NAME, "train_results.json", "all_results.json")
+OTHERS = {CONFIG_NAME, GENERATION_CONFIG_NAME, ADAPTER_CONFIG_NAME, *CARRIED, *RESULTS}
 WEIGHTS = (".safetensors", ".index.json")
 TEMPLATES = "additional_chat_templates"
 VIDEO = "video_processor"

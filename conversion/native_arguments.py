@@ -5,7 +5,8 @@ from typing import Any
 
 from .arguments import check_strategy, from_values, option
 
-FORMS = ("llava", "text")
+NATIVE, LLAVA, TEXT = "native", "llava", "text"
+FORMS = (NATIVE, LLAVA, TEXT)
 
 
 @dataclass
@@ -16,7 +17,11 @@ class ExportArguments:
         default=None,
         metadata={"help": "A vlmoe model, a folder or a Hub id; or the folder of an adapter.", "is_argument": True},
     )
-    to: str = option("`llava`: the whole model as LLaVA with a sparse LM inside; `text`: the LM alone.", "llava")
+    to: str = option(
+        "`native`: the whole model (our composite as LLaVA with a sparse LM inside, a VLM that is sparse in place as "
+        "its sparse sibling); `llava`: our composite as LLaVA; `text`: the LM alone.",
+        NATIVE,
+    )
     output_dir: str | None = option("Folder of the exported model.")
     revision: str | None = option("Branch, tag or commit of the checkpoint on the Hub.")
     mean_experts: bool = option(
@@ -29,7 +34,7 @@ class ExportArguments:
 
     def __post_init__(self) -> None:
         if self.to not in FORMS:
-            raise ValueError(f"--to is {self.to!r}; expected {' or '.join(FORMS)}.")
+            raise ValueError(f"--to is {self.to!r}; expected one of {', '.join(FORMS)}.")
         for name in ("checkpoint", "output_dir"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, str(value))

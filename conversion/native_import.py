@@ -134,8 +134,9 @@ def check_llava(given: str, config: Any) -> None:
     """A vlm parent is a LLaVA, with a bare head."""
     if not is_llava(config):
         raise ValueError(
-            f"--vlm-model {given} is a {config.model_type} model; expected a llava one. Separate parents are given as "
-            "--text-model and --vision-model; a dense vlmoe model is made sparse by `vlmoe upcycle`."
+            f"--vlm-model {given} is a {config.model_type} model; expected a llava one. Of another VLM the sparse LLM "
+            "is no part that could be taken over: such a VLM is made sparse in place, from its dense checkpoint, by "
+            "`vlmoe upcycle`. Separate parents are given as --text-model and --vision-model."
         )
     check_llava_head(given, config)
 

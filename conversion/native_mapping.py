@@ -80,6 +80,7 @@ class NativeMapping:
         names: What the parts are called.
         forms: For the ViT and the connector, where they are sparse.
         dtype: The model's.
+        text_prefix: Before the names of the LLM's tensors in the source.
         targets: The assignments.
         used: How many elements of each source are used.
         dropped: Why a source is used nowhere.
@@ -91,9 +92,14 @@ class NativeMapping:
     names: Names
     forms: dict[str, DenseForm]
     dtype: torch.dtype
+    text_prefix: str = PART_PREFIX["text"]
     targets: list[Assignment] = field(default_factory=list)
     used: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+
+    def spec(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorSpec:
+        """What is written of a target."""
+        return TensorSpec(name, dtype, shape)
 
     def add(self, name: str, operation: str, dense: DenseTensor, again: bool = False) -> None:
         """One target.
@@ -107,14 +113,14 @@ class NativeMapping:
         moe = self.config.text_moe
         counts = (moe.num_experts, moe.num_experts_per_tok) if operation == "expert" else (1, 1)
         shape = dense.shape[1:] if operation == "mean" else dense.shape
-        self.targets.append(Assignment(TensorSpec(name, dense.dtype, shape), operation, (dense,), (), *counts))
+        self.targets.append(Assignment(self.spec(name, dense.dtype, shape), operation, (dense,), (), *counts))
         if not again:
             self.used[dense.name] = self.used.get(dense.name, 0) + prod(dense.shape)
 
     def add_router(self, name: str, router: DenseTensor) -> None:
         """A router's weight, in the model's dtype where that rounds nothing."""
         dtype = exact_dtype(router.read(), self.dtype)
-        self.targets.append(Assignment(TensorSpec(name, dtype, router.shape), "copy", (router,)))
+        self.targets.append(Assignment(self.spec(name, dtype, router.shape), "copy", (router,)))
         self.used[router.name] = prod(router.shape)
 
     def whole(self, name: str) -> DenseTensor:
@@ -141,6 +147,10 @@ class NativeMapping:
                 self.dropped[name] = f"the {part} part is not exported"
             else:
                 self.add_dense_part(part, prefix, name)
+        return self.finished()
+
+    def finished(self) -> Mapping:
+        """All targets, once every source is added; each is used, or dropped."""
         self.add_idle_shared_experts()
         for name in self.source.names:
             assert name in self.dropped or self.used.get(name) == prod(self.source.shape(name)), name
@@ -150,7 +160,7 @@ class NativeMapping:
 
     def add_text(self, name: str) -> None:
         """A tensor of the LLM."""
-        rest = name.removeprefix(PART_PREFIX["text"])
+        rest = name.removeprefix(self.text_prefix)
         layer, found, inner = rest.partition(".mlp.")
         pair = self.pair
         if pair is None or not found:
@@ -185,7 +195,7 @@ class NativeMapping:
             self.add(f"{block}experts.{expert}.{part[inner]}", "expert", self.whole(name), again=expert > 0)
         if inner == "down_proj.weight":
             shape = (moe.num_experts, self.config.text_config.hidden_size)
-            spec = TensorSpec(block + pair.sparse.router, torch.float32, shape)
+            spec = self.spec(block + pair.sparse.router, torch.float32, shape)
             self.targets.append(Assignment(spec, "router"))
 
     def add_idle_shared_experts(self) -> None:
@@ -199,10 +209,11 @@ class NativeMapping:
             "shared_expert.down_proj.weight": (width, IDLE_SHARED_WIDTH),
             "shared_expert_gate.weight": (1, width),
         }
-        for layer in self.config.text_moe.layers:
+        equal = [] if self.pair.sparse.has_dense_layers else dense_layers(self.config)
+        for layer in sorted([*self.config.text_moe.layers, *equal]):
             for inner, shape in shapes.items():
                 name = f"{self.names.text}layers.{layer}.{self.pair.sparse.block}.{inner}"
-                self.targets.append(Assignment(TensorSpec(name, self.dtype, shape), "zeros"))
+                self.targets.append(Assignment(self.spec(name, self.dtype, shape), "zeros"))
 
     # ViT and connector -----------------------------------------------------------------------------------------------
 

@@ -187,21 +187,25 @@ def expert_obstacles(pair: Pair, config: Any) -> list[str]:
     return found
 
 
-def choose_pair(config: Any) -> Pair:
+def choose_pair(config: Any, pairs: tuple[Pair, ...] = PAIRS) -> Pair:
     """The first pair that carries a vlmoe model's sparse LLM; one that keeps dense layers dense goes before.
+
+    Args:
+        config: the model's.
+        pairs: what it may be written by.
 
     Raises:
         ValueError: naming every candidate and what it lacks.
     """
     family = config.text_config.model_type
-    pairs = [pair for pair in PAIRS if pair.dense == family]
-    if not pairs:
+    fitting = [pair for pair in pairs if pair.dense == family]
+    if not fitting:
         raise ValueError(
             f"The LLM is a {family} model, and transformers has no sparse LM with its layers that could be written; "
             f"there is one for {', '.join(DENSE_FAMILIES)}. Use the checkpoint with vlmoe's own code."
         )
     lacking = [
-        (pair, attention_obstacles(pair, config.text_config) + expert_obstacles(pair, config)) for pair in pairs
+        (pair, attention_obstacles(pair, config.text_config) + expert_obstacles(pair, config)) for pair in fitting
     ]
     free = [pair for pair, obstacles in lacking if not obstacles]
     if not free:
@@ -248,13 +252,13 @@ def is_native_sparse(config: PreTrainedConfig) -> bool:
     return config.model_type in SPARSE_FAMILIES
 
 
-def pair_of(config: PreTrainedConfig) -> Pair:
-    """The pair that a native sparse LM means.
+def pair_of(config: PreTrainedConfig, candidates: tuple[Pair, ...] = PAIRS) -> Pair:
+    """The pair, of some, that a native sparse LM means.
 
     Raises:
         ValueError: naming what ours lacks.
     """
-    pairs = [pair for pair in PAIRS if pair.sparse.model_type == config.model_type]
+    pairs = [pair for pair in candidates if pair.sparse.model_type == config.model_type]
     if not pairs:
         raise ValueError(
             f"A {config.model_type} model cannot be imported; expected one of {', '.join(SPARSE_FAMILIES)}. A dense "
@@ -287,8 +291,14 @@ def sparse_layers(pair: Pair, config: Any) -> list[int]:
     return [index for index in everything if index not in dense and (index + 1) % config.decoder_sparse_step == 0]
 
 
-def from_native(config: PreTrainedConfig) -> tuple[PreTrainedConfig, dict[str, Any]]:
+def from_native(
+    config: PreTrainedConfig, candidates: tuple[Pair, ...] = PAIRS
+) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The dense configuration and the experts' settings that mean the same as a native sparse LM.
+
+    Args:
+        config: its configuration.
+        candidates: the pairs that it may mean.
 
     Returns:
         A `text_config` and a `text_moe` for `VLMoEConfig`.
@@ -296,7 +306,7 @@ def from_native(config: PreTrainedConfig) -> tuple[PreTrainedConfig, dict[str, A
     Raises:
         ValueError: naming what ours lacks.
     """
-    pair = pair_of(config)
+    pair = pair_of(config, candidates)
     sparse, native = pair.sparse, declared_fields(config)
     known = {one.name for one in fields(type(AutoConfig.for_model(pair.dense)))}
     hosted = {*HOSTED_FIELDS, *pair.idle}

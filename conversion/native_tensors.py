@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 
 from .dense_tensors import DenseTensors, KeyRenamer, build_parent, check_complete, check_tied, drop_unmatched
 from .meta_models import fill_mapped, target_shapes, tied_names
@@ -28,9 +28,11 @@ class NativeTensors(DenseTensors):
 
     Attributes:
         stacks: For a stack of experts that is stored apart: per expert the stored names, in the order of its rows.
+        transposed: Stacks that are stored whole, each expert transposed (Qwen3-VL-MoE).
     """
 
     stacks: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
+    transposed: set[str] = field(default_factory=set)
 
     @property
     def names(self) -> list[str]:
@@ -44,7 +46,8 @@ class NativeTensors(DenseTensors):
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name in self.stored:
-            return super().shape(name)
+            stored = super().shape(name)
+            return (stored[0], stored[2], stored[1]) if name in self.transposed else stored
         read = self.parent.reader.shape
         experts = {(sum(read(key)[0] for key in keys), *read(keys[0])[1:]) for keys in self.stacks[name]}
         if len(experts) > 1:
@@ -58,13 +61,13 @@ class NativeTensors(DenseTensors):
 
     def tensor(self, name: str) -> Tensor:
         if name in self.stored:
-            return super().tensor(name)
+            return super().tensor(name).mT if name in self.transposed else super().tensor(name)
         return torch.stack([self.expert(name, index) for index in range(len(self.stacks[name]))])
 
     def expert(self, name: str, index: int) -> Tensor:
         """One expert of a stack, (rows, ...)."""
         if name in self.stored:
-            return super().tensor(name)[index]
+            return self.tensor(name)[index]
         keys = self.stacks[name][index]
         return torch.cat([self.parent.reader.tensor(key) for key in keys])
 
@@ -105,6 +108,10 @@ def find_native_tensors(parent: Parent) -> NativeTensors:
         name, pattern = rename.match(key)
         if name is None:
             unmatched.append(key)
+        elif pattern is not None and only_transposes(pattern, rename.converters):
+            found.stored[name] = key
+            if parent.reader.shape(key) != shapes[name]:  # the host's rule: where the shape says so
+                found.transposed.add(name)
         elif pattern is not None:
             stacked.setdefault(name, {})[expert_place(parent, key, pattern, rename.converters)] = key
         elif name in tied:
@@ -121,6 +128,13 @@ def find_native_tensors(parent: Parent) -> NativeTensors:
         found.stacks[name] = order_places(parent, name, places)
     check_complete(found, shapes)
     return found
+
+
+def only_transposes(pattern: str, converters: list[WeightConverter]) -> bool:
+    """Whether all that the host does with a tensor while it loads is to transpose it where its shape asks for that."""
+    converter = next(one for one in converters if pattern in one.source_patterns)
+    kinds = [(type(one), getattr(one, "check_dims", None)) for one in converter.operations]
+    return kinds == [(Transpose, True)]
 
 
 def expert_place(parent: Parent, key: str, pattern: str, converters: list[WeightConverter]) -> tuple[int, int]:

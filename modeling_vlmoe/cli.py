@@ -130,7 +130,8 @@ def run_upcycle(args: UpcycleArguments) -> None:
 
 @command("export", ExportArguments)
 def run_export(args: ExportArguments) -> None:
-    """Write a vlmoe model in transformers' own classes: LLaVA around a sparse LM, or the LM alone (--to text).
+    """Write a vlmoe model in transformers' own classes: LLaVA around a sparse LM, or the LM alone (--to text). A VLM
+    that is sparse in place becomes its sparse sibling (Qwen3-VL: Qwen3-VL-MoE), or itself around a sparse LM.
 
     The result needs no code of ours, and computes what the model computes: that is proved on the written files, or
     nothing is written. What cannot be written without loss is refused by name. An adapter is merged first.

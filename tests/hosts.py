@@ -18,6 +18,7 @@ from transformers import (
     is_torchvision_available,
 )
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
 from modeling_vlmoe import VLMoEProcessor
 from modeling_vlmoe.conversion.host_processors import VIDEO, without_videos
@@ -136,6 +137,24 @@ HOSTS = {
         vision=QWEN_VISION
         | {"hidden_size": 24, "intermediate_size": 40, "out_hidden_size": WIDTH}
         | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        tokens=QWEN_TOKENS,
+        ids=QWEN_IDS,
+        processor="Qwen3VLProcessor",
+        image_processor=QWEN_IMAGES,
+        place=QWEN_PLACE,
+    ),
+    "qwen3_5": Host(
+        text={
+            "rope_parameters": MROPE | {"partial_rotary_factor": 0.5},
+            "head_dim": 16,
+            "layer_types": ["full_attention", "linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+        vision=QWEN_VISION
+        | {"hidden_size": 24, "intermediate_size": 40, "out_hidden_size": WIDTH, "num_position_embeddings": 16},
         tokens=QWEN_TOKENS,
         ids=QWEN_IDS,
         processor="Qwen3VLProcessor",
@@ -270,7 +289,7 @@ def model(family: str, **root: Any) -> Any:
     """The dense VLM."""
     made = tiny.redraw(AutoModelForImageTextToText.from_config(config(family, **root))).eval()
     for module in made.modules():
-        if isinstance(module, GemmaRMSNorm):  # it adds one to its weight
+        if isinstance(module, GemmaRMSNorm | Qwen3_5RMSNorm):  # they add one to their weight
             module.weight.data -= 1
     return made
 

@@ -5,10 +5,18 @@ experts and routers are unlike.
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
-from tests import models, tiny
+from modeling_vlmoe.conversion.host_parents import host_values
+from tests import hosts, models, tiny
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 LAYERS = {"all": None, "alternate": [0, 2]}
@@ -62,6 +70,20 @@ def save_vlmoe(
     model.generation_config.max_new_tokens = 12
     model.save_pretrained(folder)
     models.processor(vision).save_pretrained(folder)
+    return folder
+
+
+def save_hosted(
+    folder: Path, family: str, layers=None, dtype=torch.float32, moe=None, root=None, shard_size="5GB", **fields
+) -> Path:
+    """A host's VLM, sparse in place, whose LLM has unlike experts; ViT and connector as `fields` say."""
+    text_moe = EXPERTS | {"layers": layers} | (moe or {})
+    values = host_values(hosts.config(family, **(root or {})))
+    config = VLMoEConfig.from_dict(values | {"text_moe": text_moe} | fields)
+    model = tiny.redraw(AutoModelForImageTextToText.from_config(config)).eval().to(dtype)
+    model.generation_config.max_new_tokens = 12
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    hosts.processor(family).save_pretrained(folder)
     return folder
 
 

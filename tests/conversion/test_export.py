@@ -133,6 +133,14 @@ def test_dense_layers_become_equal_experts_where_there_is_no_other_way(tmp_path)
     assert all(torch.equal(tensors[name.format(0)], tensors[name.format(expert)]) for expert in range(1, 4))
 
 
+@pytest.mark.parametrize("family", ["mistral", "llama"])
+def test_experts_may_be_narrower_than_the_dense_mlp_was(tmp_path, family):
+    checkpoint = save_vlmoe(tmp_path / "vlmoe", family, text_moe={"moe_intermediate_size": 16})
+    receipt = receipt_of(exported(checkpoint, tmp_path / "out"))
+    assert receipt["text_model_type"] == "mixtral"
+    assert receipt["proof"]["largest_gap"] <= LIMIT
+
+
 @torch.no_grad()
 def test_a_window_means_the_same(tmp_path):
     checkpoint = save_vlmoe(tmp_path / "vlmoe", "mistral", text={"sliding_window": 5})

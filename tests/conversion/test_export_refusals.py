@@ -149,7 +149,7 @@ def test_experts_that_are_still_copies_become_dense_exactly(upcycled, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"to": "gguf"}, r"--to is 'gguf'; expected llava or text"),
+        ({"to": "gguf"}, r"--to is 'gguf'; expected one of native, llava, text"),
         ({"checkpoint": None}, "Name the checkpoint to export"),
         ({"checkpoint": "/no/such"}, "checkpoint /no/such: there is no such folder"),
         ({"output_dir": None}, "Give --output-dir"),
