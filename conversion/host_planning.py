@@ -13,7 +13,7 @@ from modeling_vlmoe.modeling_in_place import sparse_class_of
 from .arguments import NATIVE, UpcycleArguments
 from .dense_tensors import DenseTensors
 from .host_parents import host_values
-from .host_processors import copy_processor, from_parent
+from .host_processors import copy_processor, from_parent, name_class
 from .mapping import DenseTensor, map_tensors, sparse_mlps
 from .meta_models import build_vlm
 from .native_tensors import find_native_tensors
@@ -35,8 +35,9 @@ class InPlacePlan(UpcyclePlan):
     not_read: str | None = None
 
     def write_processor(self, folder: Path) -> None:
-        """The host's processor, untouched."""
+        """The host's processor, untouched, but for the name of its class where its files do not have it."""
         copy_processor(self.parents["vlm"].folder, folder)
+        name_class(folder, self.processor)
 
     def describe_images(self) -> dict[str, Any]:
         """How images are read is the host's own matter."""

@@ -1,5 +1,6 @@
 """The processor of a VLM that stays in its own class: its files, untouched, and what it makes of pictures and text."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,14 @@ import numpy as np
 from PIL import Image
 from transformers import AutoProcessor, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
+    IMAGE_PROCESSOR_NAME,
     PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
     is_torchvision_available,
 )
 
@@ -31,6 +35,9 @@ OTHERS = {CONFIG_NAME, GENERATION_CONFIG_NAME, ADAPTER_CONFIG_NAME, *CARRIED, *R
 WEIGHTS = (".safetensors", ".index.json")
 TEMPLATES = "additional_chat_templates"
 VIDEO = "video_processor"
+PROCESSOR_CLASS = "processor_class"
+# Files that may name it.
+NAMING = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, TOKENIZER_CONFIG_FILE)
 # What processors call the placeholder of an image in a text, the one that they read first.
 PLACEHOLDERS = ("boi_token", "image_token")
 QUESTION = "What is in the picture, and which colour does it have?"
@@ -87,21 +94,35 @@ def without_videos(processor_class: Any) -> Any:
     return type(processor_class.__name__, (processor_class,), members)
 
 
-def processor_class_of(folder: Path, model_type: str) -> Any:
+def named_class(folder: Path) -> str | None:
+    """The processor's class that a folder's files name, in the order in which transformers looks; None where none
+    does.
+    """
+    files = (folder / name for name in NAMING)
+    return next((name for file in files if file.is_file() and (name := read_json(file).get(PROCESSOR_CLASS))), None)
+
+
+def processor_class_of(folder: Path, model_type: str | None) -> Any:
     """The class that a folder names as its processor's, else that of the model; None where there is none."""
-    file = folder / PROCESSOR_NAME
-    name = read_json(file).get("processor_class") if file.is_file() else None
-    name = name or PROCESSOR_MAPPING_NAMES.get(model_type)
+    name = named_class(folder) or PROCESSOR_MAPPING_NAMES.get(model_type or "")
     return None if name is None else processor_class_from_name(name)
 
 
-def load_processor(folder: Path, given: str, model_type: str) -> tuple[Any, str | None]:
+def name_class(folder: Path, processor: Any) -> None:
+    """Names a processor's class in a folder whose files do not: by our model type transformers would not find it."""
+    if named_class(folder) is None:
+        file = folder / PROCESSOR_NAME
+        values = read_json(file) if file.is_file() else {}
+        file.write_text(json.dumps(values | {PROCESSOR_CLASS: type(processor).__name__}, indent=2) + "\n")
+
+
+def load_processor(folder: Path, given: str, model_type: str | None) -> tuple[Any, str | None]:
     """The processor in a folder, by the class that transformers takes, and what it cannot read here.
 
     Args:
         folder: Where it is.
         given: What messages call the model.
-        model_type: The dense model's.
+        model_type: The dense model's; None for a folder that has to name the class itself, as ours have to.
 
     Raises:
         ValueError: when there is none that can be loaded.

@@ -13,8 +13,9 @@ from modeling_vlmoe.mlp_layouts import run_dense
 from .block_probes import BlockProbe
 from .casts import find_casts
 from .dense_runs import DenseRun, parent_of
-from .gaps import LIMIT, Findings, measure_gap
+from .gaps import LIMIT, Findings, ProofError, measure_gap
 from .mapped_maths import mapped_maths
+from .parents import BROKEN
 from .plans import UpcyclePlan
 from .probes import GIVEN, Probe, all_of
 from .seeding import tensor_generator
@@ -83,8 +84,15 @@ class PartProof:
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
             given = self.plan.parents[parent_of(self.plan, part)].given
             raise ValueError(f"{given} cannot be run, as it is, on {part}: {error}. Mend or replace it.") from error
-        with mapped_maths(), all_of([probe.comparing() for probe in probes]):
-            got = run_sparse()
+        try:
+            with mapped_maths(), all_of([probe.comparing() for probe in probes]):
+                got = run_sparse()
+        except ProofError:
+            raise
+        except BROKEN as error:  # whatever the host's code stumbles over
+            raise ProofError(
+                f"What was written cannot be run on {part}: {error}. No checkpoint is written."
+            ) from error
         nudged_results = cache(lambda: dense(self._generator(f"{part} nudge")))
         astray = self._first_astray(probes)
         for what, dense_result in wanted.items():

@@ -87,7 +87,7 @@ def sparse_config_class(dense_class: Any) -> Any:
         "model_type": MODEL_TYPE,
         BODY: dense_class.model_type,
         "dense_class": dense_class,
-        "keys_to_ignore_at_inference": [*ignored, *ROUTING_OUTPUTS],
+        "keys_to_ignore_at_inference": [*ignored, *ROUTING_OUTPUTS, "image_hidden_states"],
     }
     made: Any = strict(type("VLMoEConfig", (PartsConfig, dense_class), members))
     _SPARSE_CONFIGS[dense_class] = made

@@ -76,6 +76,11 @@ class VLMoEConfig(PartsConfig, PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        if (body := kwargs.get(BODY)) is not None:
+            raise ValueError(
+                f"{BODY} is {body!r}: this is the configuration of a {body} that is sparse in place. Make it by "
+                "VLMoEConfig.from_dict(...), or AutoConfig.from_pretrained(...)."
+            )
         for name in ("text_config", "vision_config"):
             if not isinstance(given := getattr(self, name), (dict, PreTrainedConfig, type(None))):
                 raise ValueError(

@@ -23,6 +23,8 @@ from .towers import DenseMLP, sparse_blocks, tower_layers
 
 # A pooling head behind a ViT's layers, as SigLIP has; no VLM reads what it gives.
 POOLING = "head"
+# What the configuration of a ViT has that joins patches behind its layers, into the width of the LLM (Qwen2-VL).
+MERGES = "spatial_merge_size"
 
 
 def has_layers(module: nn.Module) -> bool:
@@ -139,15 +141,18 @@ def find_connector(model: Any) -> DenseMLP:
     Raises:
         ValueError: if there is not exactly one MLP of a known layout between the towers.
     """
-    found = connectors(model, inside=False) or connectors(model, inside=True)
+    found = connectors(model, inside=False)
+    if not found and hasattr(part_config(model.config, "vision"), MERGES):
+        found = connectors(model, inside=True)
     if len(found) != 1:
         named = ", ".join(f"{one.path} ({type(one.module).__name__})" for one in found)
-        between = ", ".join(f"{name} ({type(child).__name__})" for name, child in model.base_model.named_children())
+        children = model.base_model.named_children()
+        between = ", ".join(f"{name} ({type(child).__name__.removeprefix('Sparse')})" for name, child in children)
         name = type(model).__name__.removeprefix("Sparse")
         raise ValueError(
             f"{name} has {len(found) or 'no'} MLPs of a known layout between its ViT and its LLM"
             f"{': ' + named if found else ''}; expected exactly one (it consists of {between}). Leave the connector "
-            "dense: give no connector_moe."
+            "dense: give no --connector-experts, no connector_moe."
         )
     return found[0]
 

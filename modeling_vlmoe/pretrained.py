@@ -42,6 +42,15 @@ class VLMoEPreTrainedModel(CheckpointFolder, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["router.weight"]
 
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if is_in_place(config):
+            raise ValueError(
+                f"{type(self).__name__} is built of towers, but this is the configuration of a "
+                f"{getattr(config, BODY)} that is sparse in place. Build it by "
+                "AutoModelForImageTextToText.from_config(config)."
+            )
+        super().__init__(config, *args, **kwargs)
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # the host would search this file for the experts' decorator

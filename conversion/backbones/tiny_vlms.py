@@ -28,6 +28,14 @@ VLM_FIELDS: dict[str, dict[str, dict[str, Any]]] = {
     )
 }
 
+VLM_FIELDS["mllama"] = {"vision_config": {"intermediate_layers_indices": [1, 2]}}
+# What the whole of a family needs, so that its images can be read.
+ROOT_FIELDS: dict[str, dict[str, Any]] = {
+    "gemma3": {"mm_tokens_per_image": 4},
+    "shieldgemma2": {"mm_tokens_per_image": 4},
+    "vipllava": {"vision_feature_layers": [-2, -3]},
+}
+
 
 def names_sections(rope: Any) -> bool:
     """Whether the settings of rotary positions cut a head into sections of time, height and width."""
@@ -53,7 +61,7 @@ def tiny_vlm_config(family: str) -> PreTrainedConfig:
     for name in made.sub_configs or {}:
         if (part := getattr(made, name, None)) is not None:
             fields[name] = part_fields(name, part) | VLM_FIELDS.get(family, {}).get(name, {})
-    return config_class(family)(**fields)
+    return config_class(family)(**(fields | ROOT_FIELDS.get(family, {})))
 
 
 def build_vlm(family: str, seed: int = 0) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
 from modeling_vlmoe.conversion import ProofError, UpcycleArguments, upcycle
 from modeling_vlmoe.conversion.host_processors import load_processor, processor_files
 from modeling_vlmoe.conversion.planning import plan_upcycle
@@ -327,3 +328,24 @@ def test_raises_when_there_is_no_processor(tmp_path, leaves_nothing):
     hosts.model("llava_next").save_pretrained(folder)
     with leaves_nothing(), pytest.raises(ValueError, match="has no processor that can be loaded"):
         upcycle(UpcycleArguments(vlm_model=str(folder), output_dir=str(tmp_path / "out")))
+
+
+def test_a_processor_that_no_file_names_is_named(tmp_path):
+    """Its class is found by the parent's model type, which what is written has no more."""
+    dense = hosts.save(tmp_path / "dense", "llava_next")
+    for file in (dense / "processor_config.json", dense / "tokenizer_config.json"):
+        values = json.loads(file.read_text())
+        values.pop("processor_class", None)
+        file.write_text(json.dumps(values))
+    out = upcycle(UpcycleArguments(vlm_model=str(dense), output_dir=str(tmp_path / "out"), text_experts=2))
+    assert type(AutoProcessor.from_pretrained(dense)) is type(AutoProcessor.from_pretrained(out))
+
+
+def test_raises_when_a_hosts_configuration_is_taken_for_a_composites(upcycled):
+    _, sparse = upcycled("llava_next")
+    config = AutoConfig.from_pretrained(sparse)
+    with pytest.raises(ValueError, match="of a llava_next that is sparse in place. Make it by VLMoEConfig.from_dict"):
+        VLMoEConfig(**config.to_dict())
+    with pytest.raises(ValueError, match="Build it by AutoModelForImageTextToText.from_config"):
+        VLMoEForConditionalGeneration(config)
+    assert "image_hidden_states" in config.keys_to_ignore_at_inference
