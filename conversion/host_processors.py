@@ -8,6 +8,8 @@ from types import FunctionType
 from typing import Any
 
 import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 from transformers import AutoProcessor, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
@@ -53,6 +55,8 @@ def processor_files(folder: Path) -> list[Path]:
 
 def copy_processor(source: Path, target: Path) -> None:
     """Copies a processor's files as they are."""
+    if source.resolve() == target.resolve():
+        return
     for file in processor_files(source):
         place = target / file.relative_to(source)
         place.parent.mkdir(exist_ok=True)
@@ -78,20 +82,42 @@ def optional(function: Any, name: str) -> Any:
     return made
 
 
-def without_videos(processor_class: Any) -> Any:
+def without_videos(processor_class: Any, folder: Path | None = None) -> Any:
     """A processor class that does without its video processor, which transformers cannot even build where torchvision
     is not installed (5.23); images and text are processed by the class's own code.
+
+    Args:
+        processor_class: The host's.
+        folder: Where it is loaded from: its files are written again as they are, what is not read too.
     """
 
     def get_attributes(cls):
         return [name for name in processor_class.get_attributes() if name != VIDEO]
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        if folder is None:
+            return processor_class.save_pretrained(self, save_directory, *args, **kwargs)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        copy_processor(folder, Path(save_directory))
+        return []
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (processor_class, folder), self.__dict__
+
     members = {
         "__init__": optional(processor_class.__init__, VIDEO),
         "get_attributes": classmethod(get_attributes),
+        "save_pretrained": save_pretrained,
+        "apply_chat_template": ProcessorMixin.apply_chat_template,  # SmolVLM's reads the video processor's settings
+        "__reduce_ex__": __reduce_ex__,
         "__module__": processor_class.__module__,
     }
     return type(processor_class.__name__, (processor_class,), members)
+
+
+def _rebuild(processor_class: Any, folder: Path | None) -> Any:
+    made = without_videos(processor_class, folder)
+    return made.__new__(made)
 
 
 def named_class(folder: Path) -> str | None:
@@ -130,7 +156,7 @@ def load_processor(folder: Path, given: str, model_type: str | None) -> tuple[An
     found = processor_class_of(folder, model_type)
     try:
         does_without = found is not None and VIDEO in found.get_attributes() and not is_torchvision_available()
-        loader: Any = without_videos(found) if does_without else (found or AutoProcessor)
+        loader: Any = without_videos(found, folder) if does_without else (found or AutoProcessor)
         processor = loader.from_pretrained(folder, trust_remote_code=False)
     except (*BROKEN, ImportError) as error:
         raise ValueError(f"{given} has no processor that can be loaded. Add or mend it: {error}") from error
@@ -140,6 +166,30 @@ def load_processor(folder: Path, given: str, model_type: str | None) -> tuple[An
             f"one beside the weights, {PROCESSOR_NAME} or preprocessor_config.json and a tokenizer's."
         )
     return processor, NO_VIDEO if does_without else None
+
+
+def open_processor(name: str | Path, model_type: str | None, revision: str | None = None) -> Any:
+    """The processor of a model that is sparse in place, in a folder or on the Hub, of which no weights are fetched.
+
+    Args:
+        name: The folder or the Hub id.
+        model_type: The dense model's; None where it is not known.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: when there is none that can be loaded.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        wanted = [pattern for pattern in WANTED_FILES if not pattern.endswith(WEIGHTS)]
+        try:
+            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=wanted))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise ValueError(
+                f"The processor of model {name} can be had neither from a folder nor from the Hub; check the name. "
+                f"{error}"
+            ) from error
+    return load_processor(folder, f"model {name}", model_type)[0]
 
 
 def picture_texts(processor: Any, num_pictures: int) -> Iterator[str]:

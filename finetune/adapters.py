@@ -24,7 +24,7 @@ from modeling_vlmoe.configuration_vlmoe import VLMoEConfig
 from modeling_vlmoe.mlp_layouts import LINEARS, MLP_NAMES, find_spread_layout
 from modeling_vlmoe.modeling_in_place import is_in_place
 from modeling_vlmoe.moe_config import PARTS
-from modeling_vlmoe.parts import connector_path, find_towers
+from modeling_vlmoe.parts import find_towers, trainable_connector_path
 from modeling_vlmoe.parts_config import num_feature_layers
 from modeling_vlmoe.towers import sparse_blocks, tower_layers
 
@@ -97,8 +97,8 @@ def lora_parameters(layer: nn.Module) -> list[str]:
 
 
 def whole_connector(model: Any) -> str:
-    """The path of the connector that is trained whole: our composite's, or the MLP of a host's VLM."""
-    return connector_path(model) if is_in_place(model.config) else f"{model.base_model_prefix}.connector"
+    """The path of the connector that is trained whole: our composite's, or what a host has between its towers."""
+    return trainable_connector_path(model) if is_in_place(model.config) else f"{model.base_model_prefix}.connector"
 
 
 def check_lora(config: Any, settings: FinetuneSettings, options: dict[str, Any] | None = None) -> None:

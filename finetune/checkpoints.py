@@ -15,12 +15,17 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from modeling_vlmoe.companions import HISTORY_NAME, RECEIPT_NAME
+from modeling_vlmoe.conversion import host_processors
+from modeling_vlmoe.conversion.parents import BROKEN
 from modeling_vlmoe.model_cards import keep_edited_card, write_card
 from modeling_vlmoe.model_cards.side_files import EVAL_RESULTS_NAME, check_companions, read_side_file
+from modeling_vlmoe.modeling_in_place import is_in_place
 
 from .arguments import FinetuneArguments
+from .collator import chats_of
 from .evaluation_file import drop_stale_evaluation
 from .history import describe_run, write_history, write_runs
+from .router_load import image_token
 from .settings import SETTINGS_NAME
 
 MAX_SHARD_SIZE = "5GB"
@@ -78,32 +83,53 @@ def check_base(config: Any, model: str) -> None:
         )
 
 
-def load_processor(model: str, config: Any, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The model's processor.
+def load_processor(
+    model: str | Path, config: Any, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The model's processor, our own or a host's.
 
     Raises:
         ValueError: if there is none, or it is another model's.
     """
-    try:
-        processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ValueError(
-            f"model {model} has no processor; save the one it was converted with beside it. {error}"
-        ) from error
+    processor = open_processor(model, config, revision=revision, trust_remote_code=trust_remote_code)
     check_processor(processor, config)
     return processor
 
 
-def check_processor(processor: Any, config: Any) -> None:
-    """Refuses a processor whose image token is not the model's.
+def open_processor(name: str | Path, config: Any, **hub: Any) -> Any:
+    """The processor in a folder or a repository.
+
+    Args:
+        name: where it is.
+        config: the configuration of the model that it belongs to.
+        **hub: `revision` and `trust_remote_code`.
 
     Raises:
-        ValueError: saying both.
+        ValueError: if there is none that can be loaded.
     """
-    if getattr(processor, "image_token_id", None) != config.image_token_id:
+    if is_in_place(config):
+        return host_processors.open_processor(name, config.body_model_type, hub.get("revision"))
+    try:
+        return AutoProcessor.from_pretrained(name, **hub)
+    except (*BROKEN, ImportError) as error:
         raise ValueError(
-            f"The processor's image token is {getattr(processor, 'image_token_id', None)}, but the model's "
-            f"image_token_id is {config.image_token_id}; give the model the processor it was converted with."
+            f"model {name} has no processor that can be loaded; save the one it was converted with beside it. {error}"
+        ) from error
+
+
+def check_processor(processor: Any, config: Any) -> None:
+    """Refuses a processor whose image token is not the model's, and one that cannot lay out conversations.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    chats_of(processor)
+    token = image_token(config)
+    ids = processor.image_token_ids if is_in_place(config) else [getattr(processor, "image_token_id", None)]
+    if token not in ids:
+        raise ValueError(
+            f"The processor's image token is {', '.join(map(str, ids))}, but the model's "
+            f"image_token_id is {token}; give the model the processor it was converted with."
         )
 
 
@@ -192,11 +218,12 @@ def load_finetuned(
     folder = Path(folder)
     kwargs.setdefault("dtype", "auto")
     if not (folder / ADAPTER_CONFIG_NAME).is_file():
-        return AutoModelForImageTextToText.from_pretrained(folder, **kwargs), AutoProcessor.from_pretrained(folder)
+        whole = AutoModelForImageTextToText.from_pretrained(folder, **kwargs)
+        return whole, open_processor(folder, whole.config)
     name, revision = (base_model, kwargs.pop("revision", None)) if base_model else adapter_base(folder)
     base = AutoModelForImageTextToText.from_pretrained(name, revision=revision, **kwargs)
     model = PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
-    return model, AutoProcessor.from_pretrained(folder)
+    return model, open_processor(folder, base.config)
 
 
 def merge_adapter(adapter: str | Path, output_dir: str | Path, base_model: str | None = None, **kwargs: Any) -> Path:

@@ -17,6 +17,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, Json, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
 
 from modeling_vlmoe import __version__
@@ -26,6 +27,9 @@ MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string
 ROLES = ("system", "user", "assistant", "tool")
 # Where a row came from: the line of the file, or the place in the split, counted from 1.
 ROW = "row"
+# What PIL raises on bytes that it cannot read.
+UNREADABLE = (OSError, SyntaxError, PILImage.DecompressionBombError)
+ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF's orientations that swap width and height
 
 
 def text_parts(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
@@ -237,6 +241,38 @@ def load_chat_data(source: str | Path, split: str = "train") -> Dataset:
     return load_split(str(source), split)
 
 
+def _stored(image: Any) -> dict[str, Any]:
+    return image if isinstance(image, dict) else {"path": str(image)}
+
+
+def _source(stored: dict[str, Any]) -> Any:
+    return BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]
+
+
+def unreadable(stored: dict[str, Any], where: str, error: Exception) -> ValueError:
+    """What is said of an image that cannot be read."""
+    name = stored.get("path") or "in the data"
+    return ValueError(f"{where}: cannot read the image {name}: {error}. Mend it, or leave the row out.")
+
+
+def image_size(image: Any, where: str) -> tuple[int, int]:
+    """An image's width and height once it is upright; of a file only the head is read.
+
+    Raises:
+        ValueError: naming the row, if it is missing or unreadable.
+    """
+    if isinstance(image, PILImage.Image):
+        return ImageOps.exif_transpose(image).size
+    stored = _stored(image)
+    try:
+        with PILImage.open(_source(stored)) as opened:
+            width, height = opened.size
+            is_on_its_side = opened.getexif().get(ExifTags.Base.Orientation) in ON_ITS_SIDE
+    except UNREADABLE as error:
+        raise unreadable(stored, where, error) from error
+    return (height, width) if is_on_its_side else (width, height)
+
+
 def open_image(image: Any, where: str) -> PILImage.Image:
     """An image as PIL holds it, upright and in RGB by the processor later.
 
@@ -249,11 +285,10 @@ def open_image(image: Any, where: str) -> PILImage.Image:
     """
     if isinstance(image, PILImage.Image):
         return image
-    stored: dict[str, Any] = image if isinstance(image, dict) else {"path": str(image)}
+    stored = _stored(image)
     try:
-        opened = PILImage.open(BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"])
+        opened = PILImage.open(_source(stored))
         opened.load()
-    except (OSError, SyntaxError, PILImage.DecompressionBombError) as error:
-        name = stored.get("path") or "in the data"
-        raise ValueError(f"{where}: cannot read the image {name}: {error}. Mend it, or leave the row out.") from error
+    except UNREADABLE as error:
+        raise unreadable(stored, where, error) from error
     return opened

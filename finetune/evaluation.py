@@ -14,8 +14,9 @@ import torch
 from datasets import Dataset
 from transformers.utils import logging as host_logging
 
-from .collator import ChatCollator, where_is
+from .collator import ChatCollator
 from .metrics import VQAExactMatch, normalize_answer
+from .rows import where_is
 
 Rows: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
 ALL = ""

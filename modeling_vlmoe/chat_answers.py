@@ -93,8 +93,11 @@ def host_messages(messages: Messages) -> Messages:
     return found
 
 
-def check_takes_images(model_name_or_path: str) -> None:
+def check_takes_images(model_name_or_path: str) -> Any:
     """Refuses what is not there, and models of text alone.
+
+    Returns:
+        The model's configuration.
 
     Raises:
         ValueError: naming it.
@@ -113,6 +116,37 @@ def check_takes_images(model_name_or_path: str) -> None:
             f"{model_name_or_path} is a {config.model_type} model, which takes no images. Give a vision-language "
             "model; `transformers chat` is for others."
         )
+    return config
+
+
+def chat_processor(model_name_or_path: str, config: Any) -> Any:
+    """The processor of a model that is loaded here.
+
+    Raises:
+        ValueError: if there is none that can be loaded, or it cannot lay out a conversation.
+    """
+    from transformers import AutoProcessor
+
+    from modeling_vlmoe.conversion.host_processors import open_processor
+    from modeling_vlmoe.conversion.parents import BROKEN
+
+    from .modeling_in_place import is_in_place
+
+    if is_in_place(config):
+        processor = open_processor(model_name_or_path, config.body_model_type)
+    else:
+        try:
+            processor = AutoProcessor.from_pretrained(model_name_or_path)
+        except (*BROKEN, ImportError) as error:
+            raise ValueError(
+                f"{model_name_or_path} has no processor that can be loaded. Save the model's own beside it: {error}"
+            ) from error
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(
+            f"The processor of {model_name_or_path} ({type(processor).__name__}) has no chat template, so that a chat "
+            "cannot be laid out. Put the model's chat_template.jinja beside its weights."
+        )
+    return processor
 
 
 def from_checkpoint(model_name_or_path: str) -> Answer:
@@ -121,16 +155,27 @@ def from_checkpoint(model_name_or_path: str) -> Answer:
     Args:
         model_name_or_path: a folder or a Hub id.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor, TextIteratorStreamer, set_seed
+    from transformers import AutoModelForImageTextToText, TextIteratorStreamer, set_seed
 
-    check_takes_images(model_name_or_path)
-    processor = AutoProcessor.from_pretrained(model_name_or_path)
+    from .chat_templates import TEMPLATE_ERRORS
+
+    processor = chat_processor(model_name_or_path, check_takes_images(model_name_or_path))
     model = AutoModelForImageTextToText.from_pretrained(model_name_or_path, dtype="auto", device_map="auto").eval()
 
     def answer(messages: Messages, settings: dict[str, Any]) -> Iterator[str]:
-        inputs = processor.apply_chat_template(
-            host_messages(messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(model.device)
+        try:
+            inputs = processor.apply_chat_template(
+                host_messages(messages),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            ).to(model.device)
+        except TEMPLATE_ERRORS as error:
+            raise ValueError(
+                f"The processor ({type(processor).__name__}) cannot lay out this conversation: {error} Leave out what "
+                "it does not take."
+            ) from error
         streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         if SEED in settings:
             set_seed(settings[SEED])

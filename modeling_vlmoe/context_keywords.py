@@ -56,7 +56,8 @@ def left_on_layers(tower: nn.Module, context: RouterContext | None) -> Iterator[
     if context is not None:
         layers = [layer for layer in tower.modules() if hasattr(layer, "sparse_attribute")]
     is_run_again = any(getattr(module, "gradient_checkpointing", False) for module in tower.modules())
-    if is_run_again and context is not None and not any(context.coefficients):
+    learns = any(parameter.requires_grad for parameter in tower.parameters())
+    if is_run_again and context is not None and not (learns and any(context.coefficients)):
         layers = []  # nothing would be lost, and what runs again has to be what ran before
     for layer in layers:
         layer.left_context, layer.is_run_again = context, is_run_again

@@ -186,6 +186,30 @@ def connector_path(model: Any) -> str:
     return path_of(model, blocks[0]) if blocks else path_of(model, find_connector(model).module)
 
 
+def trainable_connector_path(model: Any) -> str:
+    """The path of what is between the towers, to be trained whole: the connector's MLP, or where it is none that is
+    known (a single Linear, say) the one module that holds it.
+
+    Raises:
+        ValueError: if there is not exactly one.
+    """
+    if connector_blocks(model) or connectors(model, inside=False) or connectors(model, inside=True):
+        return connector_path(model)
+    towers = {text_root(model), vision_root(model)}
+    beside = [
+        module
+        for _, module in model.base_model.named_children()
+        if not towers & set(module.modules()) and any(True for _ in module.parameters())
+    ]
+    if len(beside) != 1:
+        found = ", ".join(f"{path_of(model, one)} ({type(one).__name__})" for one in beside) or "nothing"
+        raise ValueError(
+            f"{type(model).__name__.removeprefix('Sparse')} has {found} between its ViT and its LLM; expected one "
+            "module that is its connector. Leave the connector as it is: method lora, train_connector=false."
+        )
+    return path_of(model, beside[0])
+
+
 def write_text_width(config: Any, tower: nn.Module) -> None:
     """Writes the resolved expert width of the LLM where other tools look for it.
 

@@ -27,7 +27,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
 )
 
-from modeling_vlmoe.conversion.host_processors import load_processor
+from modeling_vlmoe.conversion.host_processors import load_processor, processor_class_of
 from modeling_vlmoe.conversion.streaming import CheckpointReader, read_json
 from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
 from modeling_vlmoe.model_cards.licences import read_metadata
@@ -37,6 +37,7 @@ from .companions import CARD_NAME, HISTORY_NAME, RECEIPT_NAME
 from .configuration_in_place import BODY
 from .configuration_vlmoe import VLMoEConfig
 from .modeling_in_place import is_in_place
+from .parts_config import AUTO_MAP
 from .processing_vlmoe import VLMoEProcessor
 
 LARGEST_FILE = 5 * 10**9
@@ -148,7 +149,8 @@ def check_processor_loads(folder: Path) -> None:
         ValueError: when it cannot be, or is another kind of processor.
     """
     if holds_host(folder):
-        load_processor(folder, str(folder), read_json(folder / CONFIG_NAME)[BODY])
+        config = folder / CONFIG_NAME  # which an adapter has none of
+        load_processor(folder, str(folder), read_json(config)[BODY] if config.is_file() else None)
         return
     check_is_there(folder / PROCESSOR_NAME, "but a vision-language model needs its processor")
     try:
@@ -162,16 +164,19 @@ def check_processor_loads(folder: Path) -> None:
 
 
 def holds_host(folder: Path) -> bool:
-    """Whether a folder holds a host's VLM that is sparse in place."""
-    config = folder / CONFIG_NAME
-    return config.is_file() and is_in_place(read_json(config))
+    """Whether a folder holds a host's VLM that is sparse in place, or an adapter of one."""
+    if (config := folder / CONFIG_NAME).is_file():
+        return is_in_place(read_json(config))
+    mapping = read_json(folder / ADAPTER_CONFIG_NAME).get("auto_mapping") or {}  # PEFT's, of the model it was made on
+    is_ours = mapping.get("base_model_class") in {reference.rpartition(".")[2] for reference in AUTO_MAP.values()}
+    found = processor_class_of(folder, None)
+    return not is_ours and found is not None and found.__name__ != VLMoEProcessor.__name__
 
 
 def naming_files(folder: Path, is_adapter: bool) -> tuple[str, ...]:
     """The files that name our code: a host's own processor does not."""
-    if is_adapter:
-        return (PROCESSOR_NAME,)
-    return (CONFIG_NAME,) if holds_host(folder) else (CONFIG_NAME, PROCESSOR_NAME)
+    files = () if is_adapter else (CONFIG_NAME,)
+    return files if holds_host(folder) else (*files, PROCESSOR_NAME)
 
 
 def find_weights(folder: Path) -> list[str]:
