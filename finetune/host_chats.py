@@ -193,7 +193,8 @@ class HostChats:
     @property
     def placeholder_ids(self) -> list[int]:
         """The ids of what stands for an image in a text."""
-        return self.processor.tokenizer.convert_tokens_to_ids(list(self.image_tokens))
+        ids = self.processor.tokenizer.convert_tokens_to_ids(list(self.image_tokens))
+        return [one for one in ids if one is not None]  # a placeholder of videos may be no token (SmolVLM)
 
     def behind_prompts(self, messages: Conversation, text: str, spans: list[Span], ids: Tensor, where: str) -> Tensor:
         """Which tokens of a processed conversation are behind the prompts for its answers, (sequence,).

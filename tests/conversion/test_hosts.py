@@ -344,9 +344,7 @@ def test_a_processor_that_no_file_names_is_named(tmp_path):
 def test_raises_when_a_hosts_configuration_is_taken_for_a_composites(upcycled):
     _, sparse = upcycled("llava_next")
     config = AutoConfig.from_pretrained(sparse)
-    with pytest.raises(
-        ValueError, match=r"of a llava_next that is sparse in place\. Make it by VLMoEConfig"
-    ):
+    with pytest.raises(ValueError, match=r"of a llava_next that is sparse in place\. Make it by VLMoEConfig"):
         VLMoEConfig(**config.to_dict())
     with pytest.raises(ValueError, match=r"Build it by AutoModelForImageTextToText\.from_config"):
         VLMoEForConditionalGeneration(config)
