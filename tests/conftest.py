@@ -52,6 +52,16 @@ def _seeded():
     transformers.utils.logging.disable_progress_bar()
 
 
+@pytest.fixture(autouse=True)
+def _own_verbosity():
+    """A command run in the tests' process sets levels for good, as it may in its own."""
+    loggers = [logging.getLogger(name) for name in ("modeling_vlmoe", "transformers")]
+    levels = [one.level for one in loggers]
+    yield
+    for one, level in zip(loggers, levels, strict=True):
+        one.setLevel(level)
+
+
 class _Deprecations(logging.Handler):
     """Collects what transformers logs, rather than warns, about deprecated use."""
 

@@ -18,12 +18,14 @@ from PIL import Image
 
 from modeling_vlmoe import cli
 from modeling_vlmoe.finetune.data import load_chat_data
-from tests import tiny
+from tests import hosts, tiny
+from tests.finetune.host_rows import template
 from tests.finetune.questions import question, write_rows
 
 README = Path(__file__).parents[1] / "README.md"
 # Ids on the Hub, and what stands for them here: a tiny parent, or a repository of the Hub that runs on this machine.
 SUBSTITUTIONS = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": "parents/qwen2_5_vl",
     "Qwen/Qwen3-0.6B": "parents/qwen3",
     "google/siglip-base-patch16-224": "parents/siglip",
     "you/": "alice/",  # a user of the Hub that runs on this machine
@@ -107,6 +109,8 @@ RUNNERS = {"bash": run_shell, "sh": run_shell, "python": run_python, "json": rea
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where the README's reader stands: dense parents, rows and pictures beside each other."""
+    whole = hosts.save(tmp_path / "parents" / "qwen2_5_vl", "qwen2_5_vl")
+    (whole / "chat_template.jinja").write_text(template("qwen2_5_vl"))
     tiny.save_text_parent(tmp_path / "parents" / "qwen3", "qwen3")
     tiny.save_vision_parent(tmp_path / "parents" / "siglip", "siglip")
     for name in PICTURES:
