@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
+from modeling_vlmoe.delta_experts import DeltaExperts
 from modeling_vlmoe.sparse_moe import Experts
 
 FEWEST_MAPPED = 2**22  # numbers of an embedding
@@ -55,7 +56,9 @@ def is_mapped(module: nn.Module, name: str, parameter: Tensor) -> bool:
     """
     if isinstance(module, nn.Embedding):
         return parameter.numel() >= FEWEST_MAPPED
-    return (type(module) is nn.Linear and name == "weight") or (isinstance(module, Experts) and parameter.ndim == 3)
+    return (type(module) is nn.Linear and name == "weight") or (
+        isinstance(module, DeltaExperts) or (isinstance(module, Experts) and parameter.ndim == 3)
+    )
 
 
 def computed_buffers(model: PreTrainedModel) -> None:

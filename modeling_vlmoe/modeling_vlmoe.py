@@ -21,6 +21,7 @@ from .companions import read_companions, replace_host_card, write_companions
 from .configuration_vlmoe import PARTS, VLMoEConfig
 from .connector import VLMoEConnector
 from .context_keywords import context_kwargs
+from .delta_experts import freeze_bases, refuse_split_deltas
 from .expert_precision import warn_of_full_experts
 from .from_parents import adopt_parents, load_parents
 from .image_inputs import check_strategy, find_form, read_features, tower_arguments
@@ -82,7 +83,18 @@ class VLMoEPreTrainedModel(PreTrainedModel):
             skip_pooling(model.base_model.vision_tower)
         compute_buffers(model)
         warn_of_full_experts(model)
+        freeze_bases(model)
         return loaded
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the host does, before it loads weights; delta experts are not split.
+
+        Raises:
+            ValueError: naming what makes experts of them that are.
+        """
+        refuse_split_deltas(model, distributed_config)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
         """As the host does; the receipt, the history and the card are written too (see companions.py)."""
