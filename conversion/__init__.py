@@ -1,5 +1,6 @@
-"""Turning dense parents into a sparse checkpoint: `upcycle(UpcycleArguments(...))`, behind `vlmoe upcycle`; and to and
-from transformers' own sparse models: `export(ExportArguments(...))`, `import_native(ImportArguments(...))`.
+"""Turning dense parents into a sparse checkpoint: `upcycle(UpcycleArguments(...))`, behind `vlmoe upcycle`; to and
+from transformers' own sparse models: `export(ExportArguments(...))`, `import_native(ImportArguments(...))`; and from
+delta experts to whole ones and back: `densify(DensifyArguments(...))`, `compress(CompressArguments(...))`.
 
 Names are looked up on first use, so that a command's help need not import torch.
 """
@@ -9,10 +10,14 @@ from importlib import import_module
 from types import ModuleType
 
 _HOMES = {
+    "CompressArguments": "delta_arguments",
+    "DensifyArguments": "delta_arguments",
     "ExportArguments": "native_arguments",
     "ImportArguments": "native_arguments",
     "UpcycleArguments": "arguments",
     "ProofError": "gaps",
+    "compress": "rewriting",
+    "densify": "rewriting",
     "export": "export",
     "import_native": "native_import",
     "upcycle": "upcycle",

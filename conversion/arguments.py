@@ -55,7 +55,12 @@ class UpcycleArguments:
         "`default` leaves out the tokens before the patches (class token, registers), `full` keeps them; not given: "
         "`default` where there are such."
     )
-    expert_init: str = option("How experts are made of the dense MLP: copy.", "copy")
+    expert_init: str = option(
+        "How experts are made of the dense MLP: `copy`; or `delta`, one base that all share and pairs of low rank for "
+        "each, at about the dense model's size and price.",
+        "copy",
+    )
+    expert_rank: int | None = option("Of `--expert-init delta`: the rank of each expert's pairs; not given: 16.")
     router_init: str = option("How router weights are drawn: uniform.", "uniform")
     seed: int = option("Seed of everything that is drawn.", 0)
     dtype: str | None = option("float32, bfloat16 or float16; not given: the LLM's own.")

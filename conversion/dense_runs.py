@@ -18,7 +18,7 @@ from modeling_vlmoe.image_inputs import find_form, read_features, tower_argument
 from modeling_vlmoe.parts_config import feature_layers
 
 from .dense_tensors import dense_model
-from .gaps import LIMIT, measure_gap, nudge
+from .gaps import LIMIT, ProofError, measure_gap, nudge
 from .mapped_maths import mapped_maths
 from .mapping import PART_PREFIX
 from .meta_models import build_on_meta, fill_mapped
@@ -108,6 +108,8 @@ def image_results(
     form = find_form(type(tower))
     try:
         outputs = tower(images["pixel_values"], **tower_arguments(form, images), output_hidden_states=True)
+    except ProofError:  # of a probe inside
+        raise
     except BROKEN as error:
         shapes = ", ".join(f"{name} {tuple(values.shape)}" for name, values in images.items())
         raise ValueError(

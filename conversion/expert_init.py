@@ -35,4 +35,6 @@ def copy(dense: Tensor, slot: ExpertSlot) -> Tensor:
     return dense
 
 
-EXPERT_INITS: dict[str, ExpertInit] = {"copy": copy}
+# Of delta experts the base is the dense MLP, and so are the biases, which each expert has of its own.
+DELTA = "delta"
+EXPERT_INITS: dict[str, ExpertInit] = {"copy": copy, DELTA: copy}

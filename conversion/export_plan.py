@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LlavaConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
+from modeling_vlmoe.delta_experts import refuse_delta_config
 from modeling_vlmoe.mlp_layouts import find_layout, is_biased
 from modeling_vlmoe.text_head import head_maths
 from modeling_vlmoe.towers import find_dense_mlp
@@ -237,6 +238,7 @@ def plan_export(args: ExportArguments, source: Parent) -> ExportPlan:
         ValueError: for whatever cannot be written without loss, naming it.
     """
     check_is_vlmoe(source.given, source.config)
+    refuse_delta_config(source.config, "vlmoe export")
     tensors = find_dense_tensors(source)
     model: Any = tensors.model
     config = model.config

@@ -23,6 +23,7 @@ from modeling_vlmoe.mlp_layouts import MLPLayout, find_activation, find_inner_no
 from modeling_vlmoe.parts import find_connector, find_towers
 from modeling_vlmoe.towers import find_dense_mlp
 
+from .delta_operations import DELTA_OPERATIONS, PER_EXPERT
 from .expert_init import EXPERT_INITS, ExpertInit, ExpertSlot
 from .meta_models import target_shapes
 from .router_init import ROUTER_INITS, RouterInit
@@ -31,7 +32,8 @@ from .streaming import TensorSpec, cast_blocks, row_blocks
 
 PART_PREFIX = {"text": "model.language_model.", "vision": "model.vision_tower.", "connector": "model.connector."}
 EXPERTS, ROUTER = ".experts.", ".router."
-STACKED = ("experts", "stack", "expert")  # operations that make experts, of which a token uses some
+DELTAS = "deltas."
+STACKED = ("experts", "stack", "expert", *PER_EXPERT)  # operations that make experts, of which a token uses some
 
 
 class TensorSource(Protocol):
@@ -207,6 +209,7 @@ OPERATIONS: dict[str, Callable[[Assignment, Drawing], Iterator[Tensor]]] = {
     "grow": grown_blocks,
     "mean": mean_blocks,
     "zeros": zero_blocks,
+    **DELTA_OPERATIONS,
 }
 
 
@@ -404,9 +407,14 @@ def assign(
         if parameter in mlp.shared:
             shared = mlp.dense_tensor(mlp.shared[parameter], dense_tensors)
             return Assignment(TensorSpec(name, dtype, shape), "copy", (shared,))
-        dense_names = mlp.dense_names(parameter)
+        if parameter.endswith(("_a", "_b")) and parameter.startswith(DELTAS):
+            operation = f"pair {parameter[-1]}"
+            return Assignment(TensorSpec(name, dtype, shape), operation, (), (), mlp.num_experts, mlp.num_active)
+        dense_names = mlp.dense_names(parameter.removeprefix(DELTAS))
         sources = tuple(mlp.dense_tensor(dense_name, dense_tensors) for dense_name in dense_names)
         rows, rest = sum(source.shape[0] for source in sources), sources[0].shape[1:]
+        if shape == (rows, *rest):
+            return Assignment(TensorSpec(name, dtype, shape), "base", sources, dense_names)
         if shape != (mlp.num_experts, rows, *rest):
             raise ValueError(
                 f"{name} has the shape {shape}, but its dense MLPs make {(mlp.num_experts, rows, *rest)}."

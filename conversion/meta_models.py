@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from modeling_vlmoe import VLMoEForConditionalGeneration
+from modeling_vlmoe.delta_experts import DeltaExperts
 from modeling_vlmoe.modeling_in_place import is_in_place, sparse_class_of
 from modeling_vlmoe.sparse_moe import Experts
 
@@ -67,7 +68,9 @@ def is_mapped(module: nn.Module, name: str, parameter: Tensor) -> bool:
     """
     if isinstance(module, nn.Embedding):
         return parameter.numel() >= FEWEST_MAPPED
-    return (type(module) is nn.Linear and name == "weight") or (isinstance(module, Experts) and parameter.ndim == 3)
+    return (type(module) is nn.Linear and name == "weight") or (
+        isinstance(module, DeltaExperts) or (isinstance(module, Experts) and parameter.ndim == 3)
+    )
 
 
 def computed_buffers(model: PreTrainedModel) -> None:

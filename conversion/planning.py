@@ -14,6 +14,7 @@ from modeling_vlmoe.text_head import find_head
 from .arguments import UpcycleArguments, parse_layers
 from .connector_init import DrawnConnector
 from .dense_tensors import DenseTensors, find_dense_tensors
+from .expert_init import DELTA
 from .host_parents import is_host
 from .host_planning import plan_in_place
 from .llava_parents import is_llava, name_in_vlmoe, vlmoe_fields
@@ -25,6 +26,22 @@ from .plans import UpcyclePlan, choose_drawing, choose_dtype, load_generation
 from .processors import build_processor
 
 DEFAULT_TEXT_EXPERTS = 8
+
+
+def expert_kind(args: UpcycleArguments) -> dict[str, Any]:
+    """What `--expert-init` says of every part's experts.
+
+    Raises:
+        ValueError: for a rank without anything that has one.
+    """
+    if args.expert_init == DELTA:
+        return {"expert_type": "delta", "expert_rank": args.expert_rank}
+    if args.expert_rank is not None:
+        raise ValueError(
+            f"--expert-rank {args.expert_rank} is given, but experts of --expert-init {args.expert_init} have no "
+            "rank; leave it out, or choose --expert-init delta."
+        )
+    return {}
 
 
 def asked_experts(args: UpcycleArguments) -> dict[str, dict[str, Any]]:
@@ -39,14 +56,14 @@ def asked_experts(args: UpcycleArguments) -> dict[str, dict[str, Any]]:
         raise ValueError(f"--dense gives no part experts, but {', '.join(named)} is given; leave one of them out.")
     if not args.dense and not named:
         counts["text"] = DEFAULT_TEXT_EXPERTS
-    asked = {}
+    asked, kind = {}, expert_kind(args)
     for part, count in counts.items():
         options = {"num_experts_per_tok": getattr(args, f"{part}_top_k")}
         if part != "connector":
             options["layers"] = parse_layers(getattr(args, f"{part}_layers"), f"{part}_layers")
         given = {name: value for name, value in options.items() if value is not None}
         if count is not None:
-            asked[part] = {"num_experts": count} | given
+            asked[part] = {"num_experts": count} | kind | given
         elif given:
             flag = f"--{part}-{'top-k' if 'num_experts_per_tok' in given else 'layers'}"
             raise ValueError(f"{flag} is given, but this part stays dense; give --{part}-experts too.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from modeling_vlmoe import VLMoEForConditionalGeneration, register
+from modeling_vlmoe.delta_experts import refuse_delta_config
 
 from .arguments import NATIVE, UpcycleArguments
 from .export import open_checkpoint, write_export
@@ -60,6 +61,7 @@ def check_native(plan: UpcyclePlan) -> PreTrainedConfig:
     Raises:
         ValueError: as `export`.
     """
+    refuse_delta_config(plan.config, "--format native")
     model = build_on_meta(lambda: VLMoEForConditionalGeneration(plan.config))  # resolves what is left open
     check_head(plan.config)
     check_features(model)

@@ -25,6 +25,7 @@ _HOMES = {
     "parse_recipe": "arguments",
     "prepare_model": "adapters",
     "save_finetuned": "checkpoints",
+    "set_lora_dropout": "adapters",
     "shuffled_images": "evaluation",
     "write_evaluation": "evaluation_file",
 }

@@ -3,8 +3,9 @@
 PEFT's "all-linear" would hit the vision tower and the connector and miss experts and routers, which are no Linears.
 
 LoRA goes on the Linears of a layer that are not in its MLP ("attention"), on its experts' 3-D tensors ("experts")
-and on the Linears of a dense MLP ("mlp"). Routers and, where asked, the connector are trained whole (PEFT's
-`modules_to_save`). Layers of the ViT whose output the connector never reads are left alone: they get no gradient.
+and on the Linears of a dense MLP ("mlp"). Of delta experts, whose own parts are of low rank already, these are trained
+whole, as are routers and, where asked, the connector (PEFT's `modules_to_save`). Layers of the ViT whose output the
+connector never reads are left alone: they get no gradient.
 """
 
 import logging
@@ -16,16 +17,19 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from modeling_vlmoe.configuration_vlmoe import VLMoEConfig
+from modeling_vlmoe.delta_experts import DeltaExperts, delta_experts, freeze_bases
 from modeling_vlmoe.mlp_layouts import LINEARS, MLP_NAMES, find_spread_layout
 from modeling_vlmoe.modeling_in_place import is_in_place
 from modeling_vlmoe.moe_config import PARTS
 from modeling_vlmoe.parts import find_towers, trainable_connector_path
 from modeling_vlmoe.parts_config import num_feature_layers
+from modeling_vlmoe.routed_lora import is_wrapper, set_expert_dropout
 from modeling_vlmoe.towers import sparse_blocks, tower_layers
 
 from .settings import FinetuneSettings, check_lora_words, nearest
@@ -93,7 +97,21 @@ def lora_modules(layer: nn.Module, targets: list[str]) -> list[str]:
 
 def lora_parameters(layer: nn.Module) -> list[str]:
     """The stacks of weights of a layer's experts, by their names in it (biases are vectors, not for LoRA)."""
-    return [f"{path}.experts.{name}" for path, block in sparse_blocks(layer) for name in block.experts.stacks]
+    whole = [(path, block) for path, block in sparse_blocks(layer) if not isinstance(block.experts, DeltaExperts)]
+    return [f"{path}.experts.{name}" for path, block in whole for name in block.experts.stacks]
+
+
+def delta_modules(layer: nn.Module) -> list[str]:
+    """What the delta experts of a layer have of their own, by their names in it."""
+    return [f"{path}.deltas" for path, _ in delta_experts(layer)]
+
+
+def adapted_parts(config: Any, settings: FinetuneSettings) -> list[str]:
+    """The parts whose experts get LoRA: delta experts have no stacks for it."""
+    if "experts" not in settings.lora_targets:
+        return []
+    moes = {part: config.moe(part) for part in settings.lora_parts}
+    return [part for part, moe in moes.items() if moe is not None and moe.expert_type != "delta"]
 
 
 def whole_connector(model: Any) -> str:
@@ -113,15 +131,10 @@ def check_lora(config: Any, settings: FinetuneSettings, options: dict[str, Any] 
         ValueError: for unknown parts or targets, and for what cannot be done on experts.
     """
     check_lora_words(settings)
-    sparse = [part for part in settings.lora_parts if config.moe(part) is not None]
-    if not sparse or "experts" not in settings.lora_targets:
+    parts = adapted_parts(config, settings)
+    where = f"LoRA on experts (here: {', '.join(parts)})"
+    if not parts:
         return
-    where = f"LoRA on experts (here: {', '.join(sparse)})"
-    if settings.lora_dropout:
-        raise ValueError(
-            f"lora_dropout is {settings.lora_dropout}, but {where} has no dropout in PEFT: set lora_dropout=0, or "
-            "leave experts out of lora_targets."
-        )
     for name, value in (options or {}).items():
         if name in FOR_EXPERTS and value not in FOR_EXPERTS[name]:
             takes = " or ".join(repr(known) for known in FOR_EXPERTS[name])
@@ -181,21 +194,31 @@ def lora_config(
     if isinstance(model, (str, Path)):
         model = outline(str(model), settings)
     check_lora(model.config, settings, options)
+    if settings.lora_dropout and (parts := adapted_parts(model.config, settings)):
+        raise ValueError(
+            f"lora_dropout is {settings.lora_dropout}, but LoRA on experts (here: {', '.join(parts)}) has no dropout "
+            "in PEFT, and its configuration cannot hold one: leave it out, and call "
+            "modeling_vlmoe.finetune.set_lora_dropout(model, ...) on the wrapped model; or leave experts out of "
+            "lora_targets."
+        )
     modules, parameters, whole = [], [], []
     for part in settings.lora_parts:
         for prefix, layer in useful_layers(model, part):
             modules += [f"{prefix}.{name}" for name in lora_modules(layer, settings.lora_targets)]
             if "experts" in settings.lora_targets:
                 parameters += [f"{prefix}.{name}" for name in lora_parameters(layer)]
+                whole += [f"{prefix}.{name}" for name in delta_modules(layer)]
             if settings.train_routers:
                 whole += [f"{prefix}.{path}.router" for path, _ in sparse_blocks(layer)]
     if settings.train_connector:
         whole.append(whole_connector(model))
     check_layouts(model, modules, parameters)
     if not modules and not parameters:
+        deltas = [name for name in whole if name.endswith(".deltas")]
+        why = " Delta experts are trained whole, and PEFT wants a target beside them: add attention." if deltas else ""
         raise ValueError(
             f"lora_targets {settings.lora_targets} match nothing in the parts {settings.lora_parts} of this model; "
-            "choose others."
+            f"choose others.{why}"
         )
     cast(Any, model.base_model).warns_of_adapters = False  # the settings say what is trained
     return LoraConfig(
@@ -228,6 +251,7 @@ def freeze_but_connector(model: PreTrainedModel) -> None:
     """Freezes all but the connector, with its router and experts where it is sparse."""
     model.requires_grad_(False)
     model.get_submodule(whole_connector(model)).requires_grad_(True)
+    freeze_bases(model)
 
 
 def set_loss_weights(config: Any, balance: float | None, z: float | None) -> None:
@@ -249,4 +273,28 @@ def prepare_model(model: PreTrainedModel, settings: FinetuneSettings) -> PreTrai
     if settings.method == "align":
         freeze_but_connector(model)
         return model
-    return cast(PeftModel, get_peft_model(model, lora_config(model, settings)))
+    dropout = settings.lora_dropout if adapted_parts(model.config, settings) else 0.0
+    given: dict[str, Any] = {"lora_dropout": 0.0} if dropout else {}
+    wrapped = cast(PeftModel, get_peft_model(model, lora_config(model, settings, **given)))
+    if dropout:
+        set_lora_dropout(wrapped, dropout)
+    return wrapped
+
+
+def set_lora_dropout(model: nn.Module, probability: float) -> None:
+    """Sets the dropout of every LoRA adapter around a model, on experts too, for which PEFT's configuration has none.
+
+    It is a setting of the run: the saved adapter does not hold it.
+
+    Args:
+        model: the model that PEFT has wrapped.
+        probability: from 0 to below 1.
+
+    Raises:
+        ValueError: for another probability, or where no experts are adapted.
+    """
+    set_expert_dropout(model, probability)
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not is_wrapper(module):
+            for name in module.lora_dropout:
+                module.lora_dropout[name] = nn.Dropout(probability) if probability else nn.Identity()

@@ -69,7 +69,7 @@ class FinetuneSettings:
     )
     lora_r: int = option(16, "Rank of LoRA; for experts, of each expert.")
     lora_alpha: int = option(32, "LoRA's scale is lora_alpha / lora_r.")
-    lora_dropout: float = option(0.0, "Dropout before LoRA; 0 where experts are targets, PEFT has none there.")
+    lora_dropout: float = option(0.0, "Dropout before LoRA, on experts too.")
     train_routers: bool = option(True, "lora: whether the routers of `lora_parts` are trained, whole.")
     train_connector: bool = option(False, "lora: whether the connector is trained, whole, its router and experts too.")
     merge: bool = option(False, "lora: whether the merged model is written too, to OUTPUT_DIR/merged.")

@@ -48,7 +48,8 @@ def experts(moe: Mapping[str, Any] | None) -> str:
     """What a part's sparse layers hold."""
     if moe is None:
         return "dense"
-    return f"{moe['num_experts']} experts{which_layers(moe.get('layers'))}, top-{moe['num_experts_per_tok']}"
+    kind = f" that share a base, each with pairs of rank {moe['expert_rank']}" if moe.get("expert_rank") else ""
+    return f"{moe['num_experts']} experts{kind}{which_layers(moe.get('layers'))}, top-{moe['num_experts_per_tok']}"
 
 
 def describe_parts(facts: CardFacts) -> str:

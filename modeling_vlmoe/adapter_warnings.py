@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from .delta_experts import delta_experts
 from .parts import find_towers
 from .parts_config import num_feature_layers
 from .towers import sparse_blocks, tower_layers
@@ -35,6 +36,7 @@ def expert_suffixes(model: nn.Module) -> list[str]:
     ends = {
         f"{path.rpartition('.')[2]}.experts.{name}"
         for path, block in sparse_blocks(model)
+        if not hasattr(block.experts, "deltas")
         for name in block.experts.stacks
     }
     return sorted(ends)
@@ -44,10 +46,10 @@ def remedy(model: nn.Module) -> str:
     """How an adapter reaches experts and routers."""
     if any(is_parametrized(block.experts) for _, block in sparse_blocks(model)):
         return f"Let {HELPER} name what can learn: PEFT finds packed experts by their full names alone."
-    return (
-        f"Give LoraConfig target_parameters={expert_suffixes(model)} and modules_to_save=['router'], or let {HELPER} "
-        "name exactly what can learn."
-    )
+    suffixes = expert_suffixes(model)
+    whole = ["router", *(["deltas"] if delta_experts(model) else [])]
+    stacks = f"target_parameters={suffixes} and " if suffixes else ""
+    return f"Give LoraConfig {stacks}modules_to_save={whole}, or let {HELPER} name exactly what can learn."
 
 
 def count_unread(model: Any) -> int:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from .companions import read_companions, replace_host_card, write_companions
+from .delta_experts import freeze_bases, refuse_split_deltas
 from .expert_precision import warn_of_full_experts
 from .parts import find_towers
 from .recorders import make_recorders_picklable, register_recorders
@@ -52,7 +53,18 @@ class CheckpointFolder:
                 skip_pooling(tower)
         compute_buffers(model)
         warn_of_full_experts(model)
+        freeze_bases(model)
         return loaded
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the host does, before it loads weights; delta experts are not split.
+
+        Raises:
+            ValueError: naming what makes experts of them that are.
+        """
+        refuse_split_deltas(model, distributed_config)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
         """As the host does; the receipt, the history and the card are written too (see companions.py)."""

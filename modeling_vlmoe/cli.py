@@ -17,6 +17,7 @@ import typer
 from modeling_vlmoe.backbones_command import run_backbones
 from modeling_vlmoe.chat_command import run_chat
 from modeling_vlmoe.conversion.arguments import NATIVE, UpcycleArguments
+from modeling_vlmoe.conversion.delta_arguments import CompressArguments, DensifyArguments
 from modeling_vlmoe.conversion.native_arguments import ExportArguments, ImportArguments
 from modeling_vlmoe.finetune.command import run_finetune, settings_help
 from modeling_vlmoe.finetune.demo.command import run_demo_command
@@ -171,6 +172,35 @@ def run_import(args: ImportArguments) -> None:
         typer.echo(preview_import(args))
         return
     typer.echo(describe_result(import_native(args)))
+
+
+@command("densify", DensifyArguments)
+def run_densify(args: DensifyArguments) -> None:
+    """Write a model's delta experts as experts with weights of their own, as exports, servers and parallelism need.
+
+    It computes what the model computes: that is proved on the written files, or nothing is written.
+    """
+    run_rewrite("densify", args)
+
+
+@command("compress", CompressArguments)
+def run_compress(args: CompressArguments) -> None:
+    """Write a model's experts as delta experts: one base, and pairs of low rank for each expert, by truncated SVD.
+
+    That is another model; how far it is from this one is measured, printed and written down.
+    """
+    run_rewrite("compress", args)
+
+
+def run_rewrite(kind: str, args: Any) -> None:
+    """Runs one of the two, or says what it would write."""
+    from modeling_vlmoe import conversion
+    from modeling_vlmoe.conversion.rewriting import describe_rewrite, preview_rewrite
+
+    if args.dry_run:
+        typer.echo(preview_rewrite(kind, args))
+        return
+    typer.echo(describe_rewrite(getattr(conversion, kind)(args)))
 
 
 def describe_result(output: Any) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .configuration_vlmoe import VLMoEConfig, feature_width
+from .delta_experts import DeltaExperts
 from .mlp_layouts import find_layout
 from .parts_config import feature_layers
 from .router_losses import RouterContext
@@ -59,7 +60,7 @@ class VLMoEConnector(nn.Module):
         """What the features are cast to: towers may come in different precisions."""
         # Searched for, because adapters wrap experts and Linears.
         for module in self.mlp.modules():
-            if isinstance(module, Experts):
+            if isinstance(module, (DeltaExperts, Experts)):
                 return module.down_proj.dtype
             if isinstance(module, nn.Linear):
                 return module.weight.dtype

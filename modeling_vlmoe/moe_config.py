@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 PARTS = ("text", "vision", "connector")
 DEFAULT_NUM_EXPERTS = {"text": 8, "vision": 4, "connector": 4}
+DEFAULT_EXPERT_RANK = 16
 # Where TRL, vLLM and others look, and where TRL writes.
 HOSTED_FIELDS = (
     "num_experts",
@@ -50,7 +51,10 @@ class MoEConfig:
             output is weighted by the sigmoid of a linear gate of its own.
         shared_expert_intermediate_size: width of the shared expert; None takes the experts'.
         router_type: "softmax", the softmax over a linear layer on the token.
-        expert_type: "full", every expert with weights of its own.
+        expert_type: "full", every expert with weights of its own; or "delta", one base that all experts share and a
+            pair of low rank per expert beside each of its weights (DeRS, 2503.01359).
+        expert_rank: rank of the pairs of delta experts; None takes 16.
+        train_expert_base: whether training changes the base of delta experts (DeRS loses 1.3 to 1.6 points without).
         router_aux_loss_coef: weight of the load-balancing loss (Switch Transformers, 2101.03961, eq. 4), per tower.
         router_z_loss_coef: weight of the router z-loss (ST-MoE, 2202.08906, eq. 5), per tower.
         output_router_logits: whether outputs carry the router logits without being asked.
@@ -64,7 +68,9 @@ class MoEConfig:
     num_shared_experts: int = 0
     shared_expert_intermediate_size: int | None = None
     router_type: Literal["softmax"] = "softmax"
-    expert_type: Literal["full"] = "full"
+    expert_type: Literal["full", "delta"] = "full"
+    expert_rank: int | None = None
+    train_expert_base: bool = True
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.001
     output_router_logits: bool = False
@@ -212,6 +218,22 @@ def check_counts(part: str, moe: dict[str, Any]) -> None:
     for name in ("router_aux_loss_coef", "router_z_loss_coef"):
         if moe[name] < 0:
             raise ValueError(f"{part}_moe.{name} is {moe[name]}; expected 0 or more.")
+    _check_deltas(part, moe)
+
+
+def _check_deltas(part: str, moe: dict[str, Any]) -> None:
+    """Checks the fields of delta experts, and fills in their rank."""
+    if moe["expert_type"] == "delta":
+        moe["expert_rank"] = DEFAULT_EXPERT_RANK if moe["expert_rank"] is None else moe["expert_rank"]
+        if moe["expert_rank"] < 1:
+            raise ValueError(f"{part}_moe.expert_rank is {moe['expert_rank']}; expected 1 or more.")
+        return
+    for name, default in (("expert_rank", None), ("train_expert_base", True)):
+        if moe[name] != default:
+            raise ValueError(
+                f"{part}_moe.{name} is {moe[name]}, but expert_type is {moe['expert_type']!r}, whose experts share no "
+                'base; leave it out, or set expert_type to "delta".'
+            )
 
 
 def check_layers(part: str, layers: Iterable[int], num_layers: int, num_useful: int) -> list[int]:

@@ -25,6 +25,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from .delta_experts import DeltaExperts, refuse_delta_experts
 from .moe_config import PARTS
 from .packed_adapters import guard, settle_adapters
 from .parts import blocks_of
@@ -144,6 +145,12 @@ def _check(bits: int, parts: str | tuple[str, ...]) -> None:
         raise ValueError(f"parts has {given!r}; expected a list of some of: {', '.join(PARTS)}.")
 
 
+def _refuse_deltas(model: nn.Module, parts: Iterable[str]) -> None:
+    """Raises a ValueError where one of these parts has delta experts."""
+    if any(isinstance(experts, DeltaExperts) for _, experts in _experts_of(model, parts)):
+        refuse_delta_experts(model, "Packing experts in 8 or 4 bits")
+
+
 def _experts_of(model: nn.Module, parts: Iterable[str]) -> list[tuple[str, nn.Module]]:
     """The stacks of experts of these parts, by full name."""
     return [(path, block.experts) for path, block in blocks_of(model, tuple(parts))]
@@ -177,6 +184,7 @@ def quantize_experts(model: Any, bits: int = 4, parts: Iterable[str] = ("text",)
     """
     parts = parts if isinstance(parts, str) else tuple(parts)
     _check(bits, parts)
+    _refuse_deltas(model, parts)
     stacks = _experts_of(model, parts)
     if not stacks:
         raise ValueError(f"The model has no experts in {', '.join(parts)}. Give a sparse model, or name other parts.")
@@ -251,6 +259,10 @@ class _WithExperts:
     """What the host's bitsandbytes quantizers gain: expert stacks of the chosen parts."""
 
     quantization_config: Any
+
+    def preprocess_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_deltas(model, self.quantization_config.parts)
+        return super().preprocess_model(model, *args, **kwargs)  # type: ignore[misc]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)

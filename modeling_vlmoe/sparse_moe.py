@@ -18,19 +18,22 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
+from .delta_experts import DeltaExperts
+from .expert_kernels import EXPERT_KERNELS, takes_rounded
+from .expert_maths import ExpertMaths
 from .mlp_layouts import (
     MLPLayout,
     adds_residual,
-    find_activation,
     find_inner_norm,
     find_layout,
     in_features,
-    is_biased,
     out_features,
     output_dropout,
 )
 from .part_requests import PartRequest
+from .routed_lora import run_experts
 from .router_losses import RouterContext, RouterLosses
+from .shared_base import LowRank
 
 
 class Router(nn.Module):
@@ -65,8 +68,8 @@ class Router(nn.Module):
         return logits_TE, weight_TK, expert_TK
 
 
-@use_experts_implementation
-class Experts(nn.Module):
+@use_experts_implementation(experts_interface=EXPERT_KERNELS)
+class Experts(ExpertMaths):
     """A dense MLP, E times: `gate_up_proj (E, 2F, D)` or `up_proj (E, F, D)`, `down_proj (E, O, F)`, and
     `<name>_bias`.
 
@@ -77,6 +80,9 @@ class Experts(nn.Module):
             and of a norm before its last Linear are, which all experts share.
         intermediate_size: F, where it is not the dense MLP's.
         layout: the dense MLP's, where it is known.
+
+    Attributes:
+        lora_dropout: probability of the dropout that an adapter on the weights has in training (see routed_lora.py).
     """
 
     gate_up_proj: Tensor
@@ -85,6 +91,7 @@ class Experts(nn.Module):
     up_proj_bias: Tensor
     down_proj: Tensor
     down_proj_bias: Tensor
+    lora_dropout: float = 0.0
     # Set by the decorator, and read by the host's kernels.
     config: Any
     has_gate: bool
@@ -102,39 +109,16 @@ class Experts(nn.Module):
         intermediate_size: int | None = None,
         layout: MLPLayout | None = None,
     ):
-        super().__init__()
         layout = find_layout(dense_mlp, "the dense MLP", layout)
+        super().__init__(dense_mlp, intermediate_size, layout)
         down: Any = dense_mlp.get_submodule(layout.down)
         self.num_experts = num_experts
-        self.is_gated, self.is_biased = layout.is_gated, is_biased(dense_mlp, layout)
-        self.act_fn = find_activation(dense_mlp, "the dense MLP", layout)
-        self.inner_norm = find_inner_norm(dense_mlp)
-        self.gate_multiplier = getattr(dense_mlp, "gate_multiplier", None)  # Falcon-H1
-        self.limit = getattr(dense_mlp, "swiglu_limit", None)  # GLM-5's ViT
-        width = in_features(dense_mlp.get_submodule(layout.inputs[0]))
-        self.intermediate_size = intermediate_size or in_features(down)
-        if self.inner_norm is not None and self.intermediate_size != in_features(down):
-            raise ValueError(
-                f"moe_intermediate_size is {self.intermediate_size}, but the dense MLP has a norm of width "
-                f"{in_features(down)} before its last Linear. Leave moe_intermediate_size out."
-            )
-        num_rows = self.intermediate_size * (2 if self.is_gated else 1)
-        # In the order of their names: PEFT numbers the adapters of a module in the order in which it finds weights,
-        # which is this one, and of packed weights that of their names (0.21). An adapter is to fit both.
-        shapes: dict[str, tuple[int, ...]] = {
-            "down_proj": (out_features(down), self.intermediate_size),
-            layout.input_stack: (num_rows, width),
-        }
+        shapes: dict[str, tuple[int, ...]] = dict(self.weight_shapes)
         if self.is_biased:
-            shapes |= {f"{layout.input_stack}_bias": (num_rows,), "down_proj_bias": (out_features(down),)}
+            shapes |= {f"{name}_bias": self.weight_shapes[name][:1] for name in (self.input_stack, "down_proj")}
         for name, shape in shapes.items():
             tensor = torch.empty(num_experts, *shape, dtype=down.weight.dtype, device=down.weight.device)
             self.register_parameter(name, nn.Parameter(tensor))
-
-    @property
-    def stacks(self) -> tuple[str, ...]:
-        """The names of the stacked weights, packed or not; biases are not among them."""
-        return "down_proj", "gate_up_proj" if self.is_gated else "up_proj"
 
     def reset_parameters(self, std: float) -> None:
         """Normal weights, zero biases."""
@@ -151,36 +135,28 @@ class Experts(nn.Module):
         Raises:
             ValueError: if the experts are not as wide as the dense MLP.
         """
-        dense_width = in_features(dense_mlp.get_submodule(layout.down))
-        if self.intermediate_size != dense_width:
-            raise ValueError(
-                f"moe_intermediate_size is {self.intermediate_size}, but the dense MLP is {dense_width} wide; a copy "
-                "keeps "
-                "the width. Leave moe_intermediate_size out."
-            )
+        self.check_width(dense_mlp, layout)
         for name, sources in layout.expert_sources(self.is_biased).items():
             tensors = [dense_mlp.get_parameter(source) for source in sources]
             getattr(self, name).copy_(
                 torch.cat([one.mT if layout.is_transposed and one.ndim == 2 else one for one in tensors])
             )
 
-    def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        """From (rows, 2F) to (rows, F), as the dense MLP does it; the host's kernels call it."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        if self.limit is not None:
-            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        if self.gate_multiplier is not None:
-            gate = gate * self.gate_multiplier
-        hidden = self.act_fn(gate) * up
-        return hidden if self.inner_norm is None else self.inner_norm(hidden)
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        pairs: dict[str, LowRank] | None = None,
+    ) -> Tensor:
         """The plain loop over experts: the reference that the host's kernels are compared with.
 
         Args:
             hidden_states: (T, D).
             top_k_index: chosen experts, (T, K).
             top_k_weights: their weights, (T, K).
+            pairs: what an adapter has beside their weights, by their names; the loop itself is never given any (see
+                expert_kernels.py).
 
         Returns:
             (T, O).
@@ -191,7 +167,7 @@ class Experts(nn.Module):
         for expert in range(self.num_experts):
             token, pick = torch.where(top_k_index == expert)
             h = F.linear(hidden_states[token], input_stack[expert], None if input_bias is None else input_bias[expert])
-            h = self._apply_gate(h) if self.is_gated else self.act_fn(h)
+            h = self.activate(h)
             h = F.linear(h, self.down_proj[expert], self.down_proj_bias[expert] if self.is_biased else None)
             out = out.index_add(0, token, (h * top_k_weights[token, pick, None]).to(out.dtype))
         return out
@@ -251,10 +227,16 @@ class PaddedExperts(Experts):
     input), or a width may not be aligned. The kernels are given tensors widened with zeros; what is stored is not.
     """
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        pairs: dict[str, LowRank] | None = None,
+    ) -> Tensor:
         """As `Experts.forward`, by the implementation that the configuration names."""
-        if self.config._experts_implementation == "eager":
-            return super().forward(hidden_states, top_k_index, top_k_weights)
+        if pairs or self.config._experts_implementation == "eager" or takes_rounded(self, hidden_states, top_k_index):
+            return super().forward(hidden_states, top_k_index, top_k_weights, pairs=pairs)  # any width will do
         kernel = ALL_EXPERTS_FUNCTIONS.get_interface(self.config._experts_implementation, Experts.forward)
         widened = _WidenedExperts(self)
         hidden_states = F.pad(hidden_states, (0, widened.width - hidden_states.shape[-1]))
@@ -317,9 +299,14 @@ class SparseMoE(nn.Module):
         widths = (width, moe.moe_intermediate_size or in_features(down))
         is_regular = width == out_features(down) and all(one == _aligned(one) for one in widths)
         experts_class = Experts if is_regular else PaddedExperts
-        self.experts: Experts = experts_class(config, moe.num_experts, dense_mlp, moe.moe_intermediate_size, layout)
-        # The host's decorator sets these two after __init__, per class; here gate and bias differ per instance.
-        self.experts.has_gate, self.experts.has_bias = self.experts.is_gated, self.experts.is_biased
+        experts: Any
+        if moe.expert_type == "delta":
+            experts = DeltaExperts(moe, dense_mlp, layout)
+        else:
+            experts = experts_class(config, moe.num_experts, dense_mlp, moe.moe_intermediate_size, layout)
+            # The host's decorator sets these two after __init__, per class; here they differ per instance.
+            experts.has_gate, experts.has_bias = experts.is_gated, experts.is_biased
+        self.experts = experts
         self.router = Router(width, moe).to(self.experts.down_proj.device)
         self.shared_expert: nn.Module | None = None
         if moe.num_shared_experts:
@@ -342,7 +329,7 @@ class SparseMoE(nn.Module):
         logits_TE, weight_TK, expert_TK = self.router(x_TD)
         is_trained = any(parameter.requires_grad for parameter in self.router.parameters())
         logits_TE, weight_TK, losses = self.losses(logits_TE, weight_TK, expert_TK, context, is_trained)
-        out_TO = self.experts(x_TD, expert_TK, weight_TK)
+        out_TO = run_experts(self.experts, x_TD, expert_TK, weight_TK)
         if self.multiplier is not None:
             out_TO = out_TO * self.multiplier
         out_TO = self.output_dropout(out_TO)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from .context_keywords import RECORDED, check_runs_once, is_recorded, run_sparse_tower, takes_keywords
+from .delta_experts import DeltaExperts, Deltas
 from .mlp_layouts import ACTIVATION_NAMES, MLP_NAMES, MLPLayout, find_layout, find_spread_layout
 from .part_requests import CONTEXT
 from .recorders import forget_recorders, make_recorders_picklable, register_recorders
@@ -190,8 +191,10 @@ def init_sparse_weights(module: nn.Module, std: float) -> None:
     """Initialises a router or a stack of experts; other modules are left alone."""
     if isinstance(module, Router):
         module.reset_parameters()
-    elif isinstance(module, Experts):
+    elif isinstance(module, (DeltaExperts, Experts)):
         module.reset_parameters(std)
+    elif isinstance(module, Deltas):
+        module.reset_parameters()
 
 
 def can_split(experts: Experts) -> bool:
@@ -279,6 +282,8 @@ def sparse_tower_class(dense_class: Any) -> type:
     def init_parallel_plans(self):
         dense_class.init_parallel_plans(self)
         for path, block in sparse_blocks(self):
+            if isinstance(block.experts, DeltaExperts):
+                continue  # not to be split: see `refuse_split_deltas`
             mlp = _wildcard(path)
             names = [name for name, _ in block.experts.named_parameters(recurse=False)]
             self._ep_plan |= {f"{mlp}.experts.{name}": "grouped_gemm" for name in names}

@@ -1,10 +1,12 @@
 """Exactly what a recipe names is trained."""
 
 import pytest
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForImageTextToText
 
 from modeling_vlmoe.finetune import lora_config, prepare_model
-from modeling_vlmoe.finetune.adapters import check_lora
+from modeling_vlmoe.routed_lora import is_wrapper, unwrapped
+from modeling_vlmoe.sparse_moe import Experts
 from tests import models, tiny
 
 ATTENTION = {"llama": {"q_proj", "k_proj", "v_proj", "o_proj"}, "phi3": {"qkv_proj", "o_proj"}}
@@ -115,10 +117,24 @@ def test_raises_when_loss_weights_are_negative(model, arguments):
         prepare_model(model, arguments(router_aux_loss_coef=-1.0))
 
 
-def test_raises_when_experts_are_given_dropout(model, arguments):
+def test_a_recipe_gives_linears_and_experts_dropout(model, arguments):
+    tuned = prepare_model(model, arguments(lora_dropout=0.1))
+    assert tuned.peft_config["default"].lora_dropout == 0
+    linears = [one for one in tuned.modules() if isinstance(one, LoraLayer) and not is_wrapper(one)]
+    assert {one.lora_dropout["default"].p for one in linears} == {0.1}
+    adapted = [unwrapped(one)[0] for one in tuned.modules() if is_wrapper(one)]
+    assert {one.lora_dropout for one in adapted if isinstance(one, Experts)} == {0.1}
+
+
+def test_a_recipe_without_experts_leaves_dropout_to_peft(model, arguments):
+    tuned = prepare_model(model, arguments(lora_dropout=0.1, lora_targets=["attention"]))
+    assert tuned.peft_config["default"].lora_dropout == 0.1
+
+
+def test_raises_when_pefts_configuration_is_to_hold_the_experts_dropout(model):
     with pytest.raises(ValueError, match=r"lora_dropout is 0.1, but LoRA on experts \(here: text\) has no dropout"):
-        check_lora(model.config, arguments(lora_dropout=0.1))
-    check_lora(model.config, arguments(lora_dropout=0.1, lora_targets=["attention"]))
+        lora_config(model, lora_dropout=0.1)
+    assert lora_config(model, lora_dropout=0.1, lora_targets=["attention"]).lora_dropout == 0.1
 
 
 def test_raises_when_nothing_matches(dense_base, arguments):

@@ -213,7 +213,6 @@ def test_force_keeps_the_folder_when_the_run_cannot_start(arguments, earlier, tm
     [
         ({"model": "/nowhere/at/all"}, "neither a folder nor can it be had from the Hub"),
         ({"data": "/nowhere/at/all"}, "Cannot load the data"),
-        ({"lora_dropout": 0.1}, "has no dropout in PEFT"),
         ({"eval_split": "test"}, "data is the single file"),
         ({"eval_strategy": "epoch"}, "nothing to evaluate on"),
         ({"resume_from_checkpoint": "true"}, "holds no checkpoint"),

@@ -25,11 +25,13 @@ def saved(tmp_path_factory):
         sparse_model("qwen3" if vision == "clip" else "llama", vision).save_pretrained(folder)
     folders["shared"] = tmp_path_factory.mktemp("shared")
     sparse_model(text_moe=EXPERTS | {"num_shared_experts": 1}).save_pretrained(folders["shared"])
+    folders["delta"] = tmp_path_factory.mktemp("delta")
+    sparse_model(text_moe=EXPERTS | {"expert_type": "delta", "expert_rank": 3}).save_pretrained(folders["delta"])
     return folders
 
 
-def run(script, *arguments):
-    """What a script says in two processes."""
+def run(script, *arguments, fails=False):
+    """What a script says in two processes; what it says on its way out, where it is to fail."""
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
     done = subprocess.run(
@@ -40,8 +42,8 @@ def run(script, *arguments):
         cwd=root,
         env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    assert (done.returncode != 0) == fails, done.stderr[-4000:]
+    return done.stderr if fails else done.stdout
 
 
 @pytest.mark.parametrize(
@@ -54,10 +56,22 @@ def run(script, *arguments):
         ("fsdp_ep", "shared"),
         ("tp", "shared"),
         ("tp_ep", "shared"),
+        ("fsdp", "delta"),
     ],
 )
 def test_two_processes_equal_one(saved, tmp_path, mode, which):
     assert f"{mode} equals one process" in run(SCRIPT, mode, saved[which], tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["tp", "fsdp_ep"])
+def test_raises_when_delta_experts_are_to_be_split(saved, tmp_path, mode):
+    said = run(SCRIPT, mode, saved["delta"], tmp_path, fails=True)
+    what = "Tensor" if mode == "tp" else "Expert"
+    assert (
+        f"ValueError: {what} parallelism needs experts with weights of their own, but model.language_model.layers"
+        in said
+    )
+    assert "vlmoe densify" in said
 
 
 @pytest.mark.slow

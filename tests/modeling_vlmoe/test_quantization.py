@@ -26,7 +26,7 @@ from modeling_vlmoe.quantization import (
     skipped_modules,
 )
 from modeling_vlmoe.sparse_moe import Experts
-from tests.models import batch, gap, sparse_model
+from tests.models import EXPERTS, batch, gap, sparse_model
 
 LINEARS = {4: Linear4bit, 8: Linear8bitLt}
 CODES = {4: torch.uint8, 8: torch.int8}
@@ -342,3 +342,14 @@ def test_raises_when_there_is_nothing_to_pack(full, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     with pytest.raises(ValueError, match="pip install 'vlmoe"):
         quantize_experts(copy.deepcopy(full), 4)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_raises_when_delta_experts_are_to_be_packed(bits, tmp_path):
+    delta = EXPERTS | {"expert_type": "delta", "expert_rank": 3}
+    model = sparse_model(text_moe=delta)
+    with pytest.raises(ValueError, match=r"in 8 or 4 bits needs experts with weights of their own.*vlmoe densify"):
+        quantize_experts(model, bits)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model.language_model.layers.0.mlp.experts .* are delta experts"):
+        load(tmp_path, bits)

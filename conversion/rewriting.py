@@ -1,0 +1,186 @@
+"""A vlmoe checkpoint in, the same with experts of another form out: `vlmoe densify`, `vlmoe compress`, top to bottom.
+
+>>> densify(DensifyArguments(checkpoint="my-delta", output_dir="my-full"))
+PosixPath('my-full')
+>>> compress(CompressArguments(checkpoint="my-full", rank=16, output_dir="my-delta"))
+PosixPath('my-delta')
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import custom_object_save
+
+from modeling_vlmoe import VLMoEForConditionalGeneration, __version__, register
+from modeling_vlmoe.companions import HISTORY_NAME, RECEIPT_NAME
+from modeling_vlmoe.model_cards import write_card
+from modeling_vlmoe.weight_fingerprint import fingerprint
+
+from .delta_arguments import CompressArguments, DensifyArguments
+from .export import opened
+from .gaps import Findings
+from .meta_models import build_on_meta
+from .output_folder import check_output_folder, check_parents_survive, check_space, whole_or_nothing
+from .parents import Parent
+from .probes import GIVEN
+from .receipt import PACKAGES, describe_mapping, describe_proof
+from .rewrite_plan import RewritePlan, plan_rewrite
+from .rewrite_proof import measure_compressed, prove_densified
+from .streaming import write_checkpoint
+from .summaries import format_bytes, summarise
+
+logger = logging.getLogger(__name__)
+
+REWRITE_RECEIPT_NAME = "experts_receipt.json"
+FORMAT = 1
+CHECKS = {"densify": prove_densified, "compress": measure_compressed}
+
+
+def densify(args: DensifyArguments) -> Path:
+    """Writes a checkpoint's delta experts as whole ones, `base + b a`, proved on the written files.
+
+    Args:
+        args: What to write of what.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: for whatever the user can mend.
+        ProofError: a ValueError, when the result does not compute what the checkpoint computes.
+        OSError: when the disk is full.
+    """
+    return _rewrite("densify", args)
+
+
+def compress(args: CompressArguments) -> Path:
+    """Writes a checkpoint's whole experts as delta experts: their mean as the base (their common weights where they
+    are copies), and of the rest the best pairs of a rank (DeRS, 2503.01359). The error is measured and written down.
+
+    Args:
+        args: What to write of what.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: for whatever the user can mend.
+        ProofError: a ValueError, when the files do not hold what they were to hold.
+        OSError: when the disk is full.
+    """
+    return _rewrite("compress", args)
+
+
+def preview_rewrite(kind: str, args: DensifyArguments | CompressArguments) -> str:
+    """What would be written, for people; nothing is written, and no output folder need be named.
+
+    Raises:
+        ValueError: as `densify` or `compress` would.
+    """
+    register()
+    with _opened(kind, args) as source:
+        return summarise(plan_rewrite(kind, args, source).mapping)
+
+
+@contextmanager
+def _opened(kind: str, args: DensifyArguments | CompressArguments) -> Iterator[Parent]:
+    if args.checkpoint is None:
+        raise ValueError(f"Name the checkpoint: vlmoe {kind} CHECKPOINT --output-dir OUT.")
+    with opened(args) as source:  # type: ignore[arg-type]
+        yield source
+
+
+def _rewrite(kind: str, args: Any) -> Path:
+    if args.dry_run:
+        raise ValueError(f"dry_run is set, but {kind}() writes; preview_rewrite() says what would be written.")
+    if args.output_dir is None:
+        raise ValueError("Give --output-dir, the folder of the model.")
+    register()
+    output = Path(args.output_dir).expanduser()
+    check_output_folder(output, args.force)
+    with _opened(kind, args) as source:
+        check_parents_survive(output, [source.folder, *source.reader.files])
+        plan = plan_rewrite(kind, args, source)
+        check_space(output, plan.mapping.num_bytes)
+        with whole_or_nothing(output, args.force) as folder:
+            hashes = write_checkpoint(folder, plan.mapping.specs, plan.mapping.blocks(plan.drawing))
+            _write_companions(plan, folder)
+            logger.info("Running the written files beside the checkpoint.")
+            findings, errors = CHECKS[kind](plan, folder)
+            receipt = build_receipt(plan, findings, errors, hashes, fingerprint(folder))
+            text = json.dumps(receipt, indent=2, ensure_ascii=False) + "\n"
+            (folder / REWRITE_RECEIPT_NAME).write_text(text, encoding="utf-8")
+            write_card(folder, name=output.resolve().name)
+    return output
+
+
+def _write_companions(plan: RewritePlan, folder: Path) -> None:
+    """Writes what the checkpoint holds beside its weights: configuration, processor, code, receipt and history."""
+    plan.config.save_pretrained(folder)
+    plan.generation.save_pretrained(folder)
+    plan.processor.save_pretrained(folder)
+    custom_object_save(build_on_meta(lambda: VLMoEForConditionalGeneration(plan.config)), folder)
+    for name in (RECEIPT_NAME, HISTORY_NAME):
+        if (plan.source.folder / name).is_file():
+            shutil.copyfile(plan.source.folder / name, folder / name)
+
+
+def build_receipt(
+    plan: RewritePlan,
+    findings: Findings,
+    errors: dict[str, dict[str, float]],
+    hashes: dict[str, str],
+    weights: str | None,
+) -> dict[str, Any]:
+    """The receipt as JSON values; no path of the machine."""
+    checked = {"informative": findings.informative} if plan.kind == "compress" else describe_proof(findings)
+    return {
+        "format": FORMAT,
+        "kind": plan.kind,
+        "source": {"name": Path(plan.source.given).resolve().name, "revision": plan.source.revision},
+        "seed": plan.drawing.seed,
+        "rank": {
+            part: moe.expert_rank
+            for part in ("text", "vision", "connector")
+            if (moe := plan.config.moe(part)) is not None
+        },
+        "parameters": {"total": plan.mapping.num_parameters, "active": plan.mapping.num_active_parameters},
+        "bytes": {"source": plan.source_bytes, "written": plan.mapping.num_bytes},
+        "mapping": describe_mapping(plan.mapping),
+        "proof" if plan.kind == "densify" else "gaps": checked,
+        "weight_errors": errors,
+        "files_sha256": hashes,
+        "weights": weights,
+        "versions": {"vlmoe": __version__, **{package: version(package) for package in PACKAGES}},
+    }
+
+
+def describe_rewrite(output: Path) -> str:
+    """What was written, for people."""
+    receipt = json.loads((output / REWRITE_RECEIPT_NAME).read_text(encoding="utf-8"))
+    sizes = receipt["bytes"]
+    lines = [
+        f"{output}: {receipt['parameters']['total']:,} parameters, {format_bytes(sizes['written'])} "
+        f"(before: {format_bytes(sizes['source'])})"
+    ]
+    if receipt["kind"] == "densify":
+        proof = receipt["proof"]
+        lines.append(
+            f"proved equal: largest gap {proof['largest_gap']:.1e} standard deviations "
+            f"(limit {proof['largest_gap_limit']:.1e})"
+        )
+        told = {what: gap for what, gap in proof["informative"].items() if GIVEN not in what}
+    else:
+        told = receipt["gaps"]["informative"]
+        lines += [
+            f"{name}: relative error {error['mean']:.2g} (largest of an expert {error['max']:.2g})"
+            for name, error in receipt["weight_errors"].items()
+        ]
+    lines += [f"{what}: {gap:.2g} standard deviations away" for what, gap in told.items()]
+    return "\n".join([*lines, f"receipt: {REWRITE_RECEIPT_NAME}"])

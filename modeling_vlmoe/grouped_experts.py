@@ -1,0 +1,216 @@
+"""Experts with weights of their own, one after the other, and where they have them low-rank pairs beside their
+weights, which are never added to the weights.
+
+Two users: half precision on a CPU, where the rows of each expert have to be rounded up (see expert_paths.py), and LoRA
+on experts (see routed_lora.py).
+
+Invariant: of what is as large as (paths, R) one tensor is kept for backward, what goes into the activation; gradients
+of weights are made for those that are trained, once.
+
+Shapes: T tokens, D model width, O output width, F expert width, R = 2F (gated) or F, E experts, K experts per token,
+    S = T K paths, r rank.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .expert_maths import ExpertMaths
+from .expert_paths import PathGroup, Paths, gather_product
+from .shared_base import LowRank, kept
+
+
+@dataclass(frozen=True)
+class FullExperts:
+    """What experts are made of.
+
+    Attributes:
+        maths: activation and what goes with it.
+        up: their first weights, (E, R, D).
+        down: their second, (E, O, F).
+        up_bias: (E, R).
+        down_bias: (E, O).
+        up_pair: what is added to `up`; None for nothing.
+        down_pair: what is added to `down`.
+        dropout: probability of dropout before each pair's `a`.
+    """
+
+    maths: ExpertMaths
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    up_pair: LowRank | None = None
+    down_pair: LowRank | None = None
+    dropout: float = 0.0
+
+
+class _Grouped(torch.autograd.Function):
+    """From tokens (T, D) and the paths' low-rank terms to the weighted sum of the experts' results, (T, O)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        maths: ExpertMaths,
+        groups: list[PathGroup],
+        dropout: tuple[float, int],
+        x_TD: Tensor,
+        weight_S: Tensor,
+        up: Tensor,
+        down: Tensor,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        low_Sr: Tensor | None,
+        b_up: Tensor | None,
+        a_down: Tensor | None,
+        b_down: Tensor | None,
+        scale: float,
+        *shared: Tensor,
+    ) -> Tensor:
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        out_TO = x_TD.new_zeros(len(x_TD), down.shape[1], dtype=wide)
+        generator = _generator(dropout, x_TD.device)
+        kept_rows = []
+        given = (x_TD, weight_S, up, down, up_bias, down_bias, low_Sr, b_up, a_down, b_down)
+        b_up, b_down = _contiguous(b_up), _contiguous(b_down)
+        for group in groups:
+            expert = group.expert
+            rows = x_TD.index_select(0, group.tokens) @ up[expert].T
+            if low_Sr is not None and b_up is not None:
+                rows.addmm_(low_Sr.index_select(0, group.paths), b_up[expert].T)
+            if up_bias is not None:
+                rows.add_(up_bias[expert])
+            hidden = maths.activate(rows)
+            made = hidden @ down[expert].T
+            if a_down is not None and b_down is not None:
+                seen = hidden if generator is None else hidden * kept(hidden.shape, dropout[0], generator, hidden)
+                made.addmm_(seen @ a_down[expert].T, b_down[expert].T, alpha=scale)
+            if down_bias is not None:
+                made.add_(down_bias[expert])
+            out_TO.index_add_(0, group.tokens, (made * group.weights(weight_S)).to(wide))
+            kept_rows.append(rows)
+        ctx.maths, ctx.groups, ctx.dropout, ctx.scale = maths, groups, dropout, scale
+        ctx.save_for_backward(*given, *kept_rows)
+        return out_TO.to(x_TD.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple:
+        x_TD, weight_S, up, down, up_bias, down_bias, low_Sr, b_up, a_down, b_down, *all_rows = ctx.saved_tensors
+        maths, generator = ctx.maths, _generator(ctx.dropout, x_TD.device)
+        b_up, b_down = _contiguous(b_up), _contiguous(b_down)
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        wanted = ctx.needs_input_grad[3:]
+        d_x = x_TD.new_zeros(x_TD.shape, dtype=wide) if wanted[0] else None
+        d_weight = torch.zeros_like(weight_S)
+        # Of weights only those of experts that have rows are written, so none may hold what memory held.
+        given = (up, down, up_bias, down_bias, low_Sr, b_up, a_down, b_down)
+        made = [torch.zeros_like(one) if one is not None and is_wanted else None
+                for one, is_wanted in zip(given, wanted[2:10], strict=True)]  # fmt: skip
+        d_up, d_down, d_up_bias, d_down_bias, d_low, d_b_up, d_a_down, d_b_down = made
+        shared = maths.shared_parameters()
+        d_shared = [torch.zeros_like(one) if one.requires_grad else None for one in shared]
+        for group, rows in zip(ctx.groups, all_rows, strict=True):
+            expert, real, weight = group.expert, slice(group.num_real), group.weights(weight_S)
+            replay = maths.replay(rows)
+            value = replay.hidden.detach()
+            d_made = d_out.index_select(0, group.tokens)
+            d_hidden = d_made @ down[expert]
+            weighted = (d_made * weight).to(d_made.dtype)
+            if a_down is not None and b_down is not None:
+                mask = None if generator is None else kept(value.shape, ctx.dropout[0], generator, value)
+                seen = value if mask is None else value * mask
+                d_low_down = (d_made @ b_down[expert]).mul_(ctx.scale)
+                if mask is None:
+                    d_hidden.addmm_(d_low_down, a_down[expert])
+                else:
+                    d_hidden.add_((d_low_down @ a_down[expert]).mul_(mask))
+                if d_a_down is not None:
+                    d_a_down[expert].addmm_((d_low_down * weight).to(value.dtype).T, seen)
+                if d_b_down is not None:
+                    d_b_down[expert].addmm_(weighted.T, seen @ a_down[expert].T, alpha=ctx.scale)
+            by_weight = (value * d_hidden).sum(-1, dtype=d_weight.dtype)
+            if down_bias is not None:
+                by_weight += (d_made @ down_bias[expert]).to(by_weight.dtype)
+            d_weight[group.paths[real]] = by_weight[real]
+            if d_down is not None:
+                d_down[expert].addmm_(weighted.T, value)
+            if d_down_bias is not None:
+                d_down_bias[expert] += weighted.sum(0)
+            d_hidden = (d_hidden * weight).to(value.dtype)
+            d_rows, found = replay.backward(d_hidden, shared)
+            if d_x is not None:
+                d_x.index_add_(0, group.tokens, (d_rows @ up[expert]).to(wide))
+            if d_up is not None:
+                d_up[expert].addmm_(d_rows.T, x_TD.index_select(0, group.tokens))
+            if d_up_bias is not None:
+                d_up_bias[expert] += d_rows.sum(0)
+            if d_low is not None and b_up is not None:
+                d_low[group.paths[real]] = (d_rows @ b_up[expert])[real]
+            if d_b_up is not None:
+                d_b_up[expert].addmm_(d_rows.T, low_Sr.index_select(0, group.paths))
+            for total, one in zip(d_shared, found, strict=True):
+                if total is not None and one is not None:
+                    total += one
+        return None, None, None, None if d_x is None else d_x.to(x_TD.dtype), d_weight, *made, None, *d_shared
+
+
+def _contiguous(pair: Tensor | None) -> Tensor | None:
+    """For one pass alone: PEFT's is a view of another order, and a copy that is kept would be another adapter."""
+    return None if pair is None else pair.contiguous()
+
+
+def _generator(dropout: tuple[float, int], device: torch.device) -> torch.Generator | None:
+    """Draws dropout's masks, the same ones forward and backward."""
+    return torch.Generator(device).manual_seed(dropout[1]) if dropout[0] else None
+
+
+def full_experts(experts: Any, **pairs: Any) -> FullExperts:
+    """An `Experts` as `run_grouped` takes it."""
+    name = experts.input_stack
+    up_bias, down_bias = (getattr(experts, f"{one}_bias", None) for one in (name, "down_proj"))
+    return FullExperts(experts, getattr(experts, name), experts.down_proj, up_bias, down_bias, **pairs)
+
+
+def run_grouped(full: FullExperts, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """What the experts make of tokens, in the weights' dtype whatever autocast says, as the host's grouped kernel.
+
+    Args:
+        full: the experts.
+        x_TD: (T, D).
+        expert_TK: the chosen experts, (T, K).
+        weight_TK: their weights, (T, K).
+
+    Returns:
+        (T, O), in the tokens' dtype.
+    """
+    with torch.autocast(device_type=x_TD.device.type, enabled=False):
+        paths, x = Paths(expert_TK, len(full.up)), x_TD.to(full.up.dtype)
+        groups = paths.groups(x.dtype)
+        low_Sr = None
+        if full.up_pair is not None:
+            seen = F.dropout(x, full.dropout) if full.dropout else x
+            low_Sr = gather_product(seen, full.up_pair.a, paths, None if full.up_pair.is_stacked else groups)
+            low_Sr = low_Sr * full.up_pair.scale
+        up_pair, down_pair = full.up_pair, full.down_pair
+        out = _Grouped.apply(
+            full.maths,
+            groups,
+            (full.dropout, int(torch.randint(2**62, ())) if full.dropout else 0),
+            x,
+            weight_TK.reshape(-1),
+            full.up,
+            full.down,
+            full.up_bias,
+            full.down_bias,
+            low_Sr,
+            None if up_pair is None else up_pair.b,
+            None if down_pair is None else down_pair.a,
+            None if down_pair is None else down_pair.b,
+            1.0 if down_pair is None else down_pair.scale,
+            *full.maths.shared_parameters(),
+        )
+    return out.to(x_TD.dtype)

@@ -1,0 +1,300 @@
+"""Experts that are one dense MLP and, each, products of low rank beside its weights, at about the dense MLP's price.
+
+Expert e computes, with s for what the pairs may be scaled by and `act` for all that an MLP does in between:
+
+    y = (W_down + B_down[e] A_down[e]) act((W_up + B_up[e] A_up[e]) x + bias_up[e]) + bias_down[e]
+
+The products with the W are the same for every expert. So `W_up x` is computed once per token; each path (a token and
+an expert it was sent to) adds its own product of low rank before its activation; and as what follows is linear, the
+weighted sum over a token's paths is taken before one product with `W_down`. (DeRS, 2503.01359, has such experts; this
+order of computing them is ours.)
+
+Invariant: nothing of the size (paths, F) is kept, and nothing of the size of a weight is made per expert. Paths go
+through their activation a block at a time, forward, and again in backward from `W_up x`.
+
+Shapes: T tokens, D model width, O output width, F expert width, R = 2F (gated) or F, E experts, K experts per token,
+    S = T K paths, r rank.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .expert_maths import ExpertMaths
+from .expert_paths import PathGroup, Paths, gather_product, sum_product
+
+BLOCK_NUMBERS = 2**19  # of a block's (rows, R): about what a core's cache holds
+BLOCK_ROWS = 32
+# Up to E r of this, one product with all experts' low-rank weights costs less than one product for each of them.
+MOST_STACKED = 256
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One pair per expert, that is added to a weight (O, I) as `scale * b @ a`.
+
+    Attributes:
+        a: (E, r, I).
+        b: (E, O, r).
+        scale: a number.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether one product with all experts' weights, and a mask, is the cheaper form."""
+        return self.a.shape[0] * self.a.shape[1] <= MOST_STACKED
+
+    def to(self, dtype: torch.dtype) -> "LowRank":
+        return LowRank(self.a.to(dtype), self.b.to(dtype), self.scale)
+
+
+@dataclass(frozen=True)
+class SharedBase:
+    """What experts are made of.
+
+    Attributes:
+        maths: activation and what goes with it.
+        num_experts: E.
+        up: the base's first weight, (R, D).
+        down: its second, (O, F).
+        up_pair: what is added to `up`; None for nothing.
+        down_pair: what is added to `down`.
+        up_bias: the experts' own, (E, R).
+        down_bias: the experts' own, (E, O).
+        dropout: probability of dropout before each pair's `a`, as LoRA has it.
+    """
+
+    maths: ExpertMaths
+    num_experts: int
+    up: Tensor
+    down: Tensor
+    up_pair: LowRank | None
+    down_pair: LowRank | None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    dropout: float = 0.0
+
+
+def kept(shape: torch.Size, dropout: float, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Dropout's mask, scaled."""
+    mask = torch.empty(shape, device=like.device).bernoulli_(1 - dropout, generator=generator)
+    return mask.div_(1 - dropout).to(like.dtype)
+
+
+class _Activated(torch.autograd.Function):
+    """From `W_up x` (T, R) and the paths' own low-rank terms to the weighted sum of activations, (T, F), and what the
+    paths' `a_down` makes of them, (S, r), weighted too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        maths: ExpertMaths,
+        groups: list[PathGroup],
+        dropout: tuple[float, int],
+        base_TR: Tensor,
+        low_Sr: Tensor | None,
+        weight_S: Tensor,
+        b_up: Tensor | None,
+        a_down: Tensor | None,
+        bias_ER: Tensor | None,
+        *shared: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.maths, ctx.groups, ctx.dropout = maths, groups, dropout
+        ctx.save_for_backward(base_TR, low_Sr, weight_S, b_up, a_down, bias_ER)
+        wide = torch.promote_types(base_TR.dtype, torch.float32)
+        sum_TF = base_TR.new_zeros(len(base_TR), maths.intermediate_size, dtype=wide)
+        low_down = None if a_down is None else base_TR.new_zeros(len(weight_S), a_down.shape[1])
+        generator = _generator(ctx)
+        b_up = None if b_up is None else b_up.contiguous()  # for this pass alone: PEFT's is a view of another order
+        for group in groups:
+            weight = group.weights(weight_S)
+            hidden = maths.activate(_before_activation(group, base_TR, low_Sr, b_up, bias_ER))
+            sum_TF.index_add_(0, group.tokens, (hidden * weight).to(wide))
+            if a_down is not None and low_down is not None:
+                seen = hidden
+                if dropout[0]:
+                    seen = hidden * kept(hidden.shape, dropout[0], generator, hidden)
+                made = (seen @ a_down[group.expert].T) * weight
+                low_down[group.paths[: group.num_real]] = made[: group.num_real].to(low_down.dtype)
+        return sum_TF.to(base_TR.dtype), low_down
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_sum: Tensor, d_low_down: Tensor | None) -> tuple:
+        base_TR, low_Sr, weight_S, b_up, a_down, bias_ER = ctx.saved_tensors
+        maths, dropout, generator = ctx.maths, ctx.dropout[0], _generator(ctx)
+        wide = torch.promote_types(base_TR.dtype, torch.float32)
+        d_base = base_TR.new_zeros(base_TR.shape, dtype=wide)
+        d_weight = torch.zeros_like(weight_S)
+        b_up = None if b_up is None else b_up.contiguous()
+        d_low, d_b, d_a, d_bias = (_zeros(one) for one in (low_Sr, b_up, a_down, bias_ER))
+        shared = maths.shared_parameters()
+        d_shared = [torch.zeros_like(one) if one.requires_grad else None for one in shared]
+        for group in ctx.groups:
+            expert, real = group.expert, slice(group.num_real)
+            weight = group.weights(weight_S)
+            rows = _before_activation(group, base_TR, low_Sr, b_up, bias_ER)
+            replay = maths.replay(rows)
+            value = replay.hidden.detach()
+            d_hidden = d_sum.index_select(0, group.tokens)
+            if d_a is not None:
+                d_made = d_low_down.index_select(0, group.paths)  # type: ignore[union-attr]
+                if dropout:
+                    mask = kept(value.shape, dropout, generator, value)
+                    d_hidden.add_((d_made @ a_down[expert]).mul_(mask))
+                    value_seen = value * mask
+                else:
+                    d_hidden.addmm_(d_made, a_down[expert])
+                    value_seen = value
+                d_a[expert].addmm_((d_made * weight).to(value.dtype).T, value_seen)
+            d_weight[group.paths[real]] = (value * d_hidden).sum(-1, dtype=d_weight.dtype)[real]
+            d_hidden = (d_hidden * weight).to(value.dtype)
+            d_rows, found = replay.backward(d_hidden, shared)
+            d_base.index_add_(0, group.tokens, d_rows.to(wide))
+            if d_low is not None and d_b is not None:
+                assert b_up is not None
+                d_low[group.paths[real]] = (d_rows @ b_up[expert])[real]
+                d_b[expert].addmm_(d_rows.T, low_Sr.index_select(0, group.paths))
+            if d_bias is not None:
+                d_bias[expert] += d_rows.sum(0)
+            for total, one in zip(d_shared, found, strict=True):
+                if total is not None and one is not None:
+                    total += one
+        return None, None, None, d_base.to(base_TR.dtype), d_low, d_weight, d_b, d_a, d_bias, *d_shared
+
+
+def _zeros(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else torch.zeros_like(tensor)
+
+
+def _generator(ctx: Any) -> Any:
+    """Draws dropout's masks, the same ones forward and backward."""
+    probability, seed = ctx.dropout
+    if not probability:
+        return None
+    return torch.Generator(ctx.groups[0].tokens.device if ctx.groups else "cpu").manual_seed(seed)
+
+
+def _before_activation(
+    group: PathGroup, base_TR: Tensor, low_Sr: Tensor | None, b_up: Tensor | None, bias_ER: Tensor | None
+) -> Tensor:
+    """What a group's paths give to their activation, (rows, R), in memory of its own."""
+    rows = base_TR.index_select(0, group.tokens)
+    if low_Sr is not None and b_up is not None:
+        rows.addmm_(low_Sr.index_select(0, group.paths), b_up[group.expert].T)
+    return rows if bias_ER is None else rows.add_(bias_ER[group.expert])
+
+
+def _activated_masked(
+    base: SharedBase, paths: Paths, base_TR: Tensor, low_Sr: Tensor | None, weight_TK: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """As `_Activated`, in shapes that do not depend on the choice: for compilers, and for devices that would have to
+    wait for it. A token's k-th paths go together; each keeps its own expert's block of the products with all experts'.
+    """
+    num_tokens, num_picked = paths.shape
+    total, made = base_TR.new_zeros(num_tokens, base.maths.intermediate_size, dtype=weight_TK.dtype), []
+    low_TKr = None if low_Sr is None else low_Sr.unflatten(0, (num_tokens, num_picked))
+
+    def one_slot(base_TR: Tensor, low_Tr: Tensor | None, weight_T: Tensor, expert_T: Tensor) -> tuple:
+        rows = base_TR
+        if low_Tr is not None and base.up_pair is not None:
+            is_own = F.one_hot(expert_T, paths.num_experts).to(low_Tr.dtype)[..., None]
+            stacked = base.up_pair.b.to(low_Tr.dtype).permute(1, 0, 2).flatten(1)
+            rows = rows + F.linear((is_own * low_Tr[:, None]).flatten(1), stacked)
+        if base.up_bias is not None:
+            rows = rows + base.up_bias.to(rows.dtype)[expert_T]
+        hidden = base.maths.activate(rows)
+        low_down = None
+        if base.down_pair is not None:
+            pair = base.down_pair.to(hidden.dtype)
+            blocks = F.linear(hidden, pair.a.flatten(0, 1)).unflatten(1, (paths.num_experts, pair.a.shape[1]))
+            low_down = blocks.gather(1, expert_T[:, None, None].expand(-1, -1, blocks.shape[-1]))[:, 0]
+            low_down = (low_down * weight_T[:, None]).to(hidden.dtype)
+        return hidden * weight_T[:, None], low_down
+
+    for pick in range(num_picked):
+        low_Tr = None if low_TKr is None else low_TKr[:, pick]
+        given = (base_TR, low_Tr, weight_TK[:, pick], paths.expert_TK[:, pick])
+        is_trained = torch.is_grad_enabled() and base_TR.requires_grad and not torch.compiler.is_compiling()
+        hidden, low_down = (
+            checkpoint(one_slot, *given, use_reentrant=False, preserve_rng_state=False)
+            if is_trained
+            else one_slot(*given)
+        )
+        total = total + hidden
+        made.append(low_down)
+    low_Sr = None if base.down_pair is None else torch.stack(made, dim=1).flatten(0, 1)
+    return total.to(base_TR.dtype), low_Sr
+
+
+def is_masked(base: SharedBase, device: torch.device) -> bool:
+    """Whether the low-rank products inside the activation take the form without ragged shapes."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    pairs = [pair for pair in (base.up_pair, base.down_pair) if pair is not None]
+    return device.type != "cpu" and not base.dropout and all(pair.is_stacked for pair in pairs)
+
+
+def run_shared_base(base: SharedBase, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """What the experts make of tokens.
+
+    Args:
+        base: the experts.
+        x_TD: (T, D).
+        expert_TK: the chosen experts, (T, K).
+        weight_TK: their weights, (T, K).
+
+    Returns:
+        (T, O), in the dtype that the products have (autocast's, where it is on).
+    """
+    base_TR = F.linear(x_TD, base.up)
+    dtype, paths = base_TR.dtype, Paths(expert_TK, base.num_experts)
+    masked = is_masked(base, x_TD.device)
+    most_rows = max(BLOCK_ROWS, BLOCK_NUMBERS // base_TR.shape[1] // BLOCK_ROWS * BLOCK_ROWS)
+    groups = None if masked else paths.groups(dtype, most_rows)
+
+    def grouped(pair: LowRank) -> list[PathGroup] | None:
+        return None if masked or pair.is_stacked else groups
+
+    low_Sr = None
+    if base.up_pair is not None:
+        seen = F.dropout(x_TD, base.dropout) if base.dropout else x_TD
+        low_Sr = gather_product(seen.to(dtype), base.up_pair.a.to(dtype), paths, grouped(base.up_pair))
+        low_Sr = low_Sr * base.up_pair.scale
+    if groups is None:
+        sum_TF, low_down = _activated_masked(base, paths, base_TR, low_Sr, weight_TK)
+    else:
+        seed = int(torch.randint(2**62, ())) if base.dropout else 0
+        pairs = (
+            None if base.up_pair is None else base.up_pair.b.to(dtype),
+            None if base.down_pair is None else base.down_pair.a.to(dtype),
+        )
+        bias = None if base.up_bias is None else base.up_bias.to(dtype)
+        sum_TF, low_down = _Activated.apply(
+            base.maths,
+            groups,
+            (base.dropout, seed),
+            base_TR,
+            low_Sr,
+            weight_TK.reshape(-1),
+            *pairs,
+            bias,
+            *base.maths.shared_parameters(),
+        )
+    out = F.linear(sum_TF, base.down)
+    if base.down_pair is not None and low_down is not None:
+        low_down = low_down * base.down_pair.scale
+        out = out + sum_product(low_down, base.down_pair.b.to(dtype), paths, grouped(base.down_pair))
+    if base.down_bias is not None:
+        mixed_TE = weight_TK.new_zeros(len(x_TD), paths.num_experts).scatter_add(1, expert_TK, weight_TK)
+        out = out + F.linear(mixed_TE.to(out.dtype), base.down_bias.to(out.dtype).T)
+    return out

@@ -1,0 +1,109 @@
+"""The kernel of experts with weights of their own on a CPU, and when it runs."""
+
+import pytest
+import torch
+
+from modeling_vlmoe import expert_kernels
+from modeling_vlmoe.expert_paths import Paths, row_step
+from modeling_vlmoe.grouped_experts import full_experts, run_grouped
+from modeling_vlmoe.shared_base import LowRank
+from tests.modeling_vlmoe.expert_oracles import DENSE_MLPS, GatedMLP, block, loop, route, stacks_of
+from tests.modeling_vlmoe.test_delta_experts import gradients
+
+BIG = 2**30
+
+
+def pairs_for(experts, rank=3):
+    generator = torch.Generator().manual_seed(3)
+    made = {}
+    for name in experts.stacks:
+        num_experts, rows, columns = getattr(experts, name).shape
+        a, b = (
+            torch.randn(num_experts, *shape, generator=generator).mul_(0.2).requires_grad_()
+            for shape in ((rank, columns), (rows, rank))
+        )
+        made[name] = LowRank(a, b, scale=1.7)
+    return made
+
+
+@pytest.mark.parametrize("has_pairs", [False, True], ids=["weights", "weights and pairs"])
+@pytest.mark.parametrize("kind", DENSE_MLPS, ids=str)
+def test_the_kernel_is_the_loop(kind, has_pairs):
+    experts = block(DENSE_MLPS[kind]()).experts
+    pairs = pairs_for(experts) if has_pairs else {}
+    x = torch.randn(23, 16, requires_grad=True)
+    weight, expert = route(23, 5, 2)
+    trained = [one for pair in pairs.values() for one in (pair.a, pair.b)]
+    inputs = [x, weight, *experts.parameters(), *trained]
+    stacks = stacks_of(experts)
+    stacks |= {name: stacks[name] + 1.7 * pair.b @ pair.a for name, pair in pairs.items()}
+    wanted = loop(experts, stacks, x, expert, weight)
+    full = full_experts(experts, up_pair=pairs.get(experts.input_stack), down_pair=pairs.get("down_proj"))
+    found = run_grouped(full, x, expert, weight)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    for one, other in zip(gradients(found, inputs), gradients(wanted, inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
+
+
+def test_half_precision_knows_few_row_counts():
+    """Whatever the routing, products have one of a few numbers of rows."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        expert = torch.rand(300, 8, generator=generator).topk(2).indices
+        groups = Paths(expert, 8).groups(torch.bfloat16, most_rows=64)
+        assert {len(group.paths) for group in groups} <= {16, 32, 48, 64}
+        real = torch.cat([group.paths[: group.num_real] for group in groups])
+        assert torch.equal(real.sort().values, torch.arange(600))
+
+
+def test_rounding_adds_little_and_leaves_few_numbers():
+    rounded = {rows: rows + -rows % row_step(rows) for rows in range(1, 2049)}
+    assert all(after - rows < max(16, 0.5 * rows) for rows, after in rounded.items())
+    assert len(set(rounded.values())) < 40
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("kind", ["gated with biases", "plain of three widths"])
+def test_half_precision_rounds_and_no_more(kind, implementation):
+    made = block(DENSE_MLPS[kind]())
+    experts = made.experts
+    with torch.no_grad():
+        for value in experts.parameters():
+            value.mul_(0.5)
+    x = torch.randn(70, 16)
+    weight, expert = route(70, 5, 2)
+    wanted = loop(experts, stacks_of(experts), x, expert, weight)
+    experts.config._experts_implementation_internal = implementation
+    found = experts.to(torch.bfloat16)(x.bfloat16(), expert, weight)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - wanted).abs().max() <= 0.05 * wanted.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "num_tokens", "most_copied", "is_ours"),
+    [
+        ("grouped_mm", torch.bfloat16, 64, BIG, True),
+        ("grouped_mm", torch.bfloat16, 2, BIG, False),
+        ("grouped_mm", torch.float32, 64, BIG, False),
+        ("eager", torch.bfloat16, 64, 0, False),
+        ("batched_mm", torch.float32, 64, BIG, False),
+        ("batched_mm", torch.float32, 64, 10_000, True),
+    ],
+)
+def test_detours_are_taken_where_the_hosts_kernels_are_slow(
+    implementation, dtype, num_tokens, most_copied, is_ours, monkeypatch
+):
+    monkeypatch.setattr(expert_kernels, "MOST_COPIED", most_copied)
+    experts = block(GatedMLP()).experts.to(dtype)
+    experts.config._experts_implementation_internal = implementation
+    x, (_, expert) = torch.zeros(num_tokens, 16, dtype=dtype), route(num_tokens, 5, 2)
+    assert expert_kernels.takes_rounded(experts, x, expert) == is_ours
+    experts._is_expert_parallel = True
+    assert not expert_kernels.takes_rounded(experts, x, expert)
+
+
+def test_raises_when_no_kernel_has_the_name():
+    experts = block(GatedMLP()).experts
+    experts.config._experts_implementation_internal = "fast"
+    with pytest.raises(KeyError, match="fast"):
+        experts(torch.zeros(2, 16), *reversed(route(2, 5, 2)))
