@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from modeling_vlmoe.parts import find_towers
@@ -20,15 +20,15 @@ from modeling_vlmoe.towers import tower_layers
 from .block_probes import BlockProbe
 from .export_meaning import carried_meaning, check_experts, compare, text_meaning
 from .export_proof import LOGITS, NUM_TOKENS, ExportProof, run_proof
-from .gaps import Findings, ProofError, nudge
+from .gaps import Findings, ProofError
 from .host_export import HostExportPlan
 from .host_processors import VIDEO, load_processor, process, process_video, processor_files
-from .host_proof import NUM_FRAMES, accepted, nudged
+from .host_proof import NUM_FRAMES, accepted, host_logits
 from .host_targets import HOST_PAIRS, dense_values, is_tied, text_part, text_place
 from .mapped_maths import mapped_maths
 from .native_arguments import TEXT
 from .native_targets import declared_fields, from_native
-from .probes import all_of, hooked
+from .probes import all_of
 from .processors import SHOWN_SIZES
 
 Inputs = dict[str, Any]
@@ -92,23 +92,14 @@ class HostExportProof(ExportProof):
         except ValueError as error:
             raise ProofError(f"The processor that was written cannot be loaded: {error}") from error
 
-    def logits(self, model: Any, inputs: Inputs, generator: torch.Generator | None = None) -> Tensor:
-        """A model's logits, (1, sequence, vocabulary); with a generator, of inputs moved by their last bit."""
-
-        def change(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            return output if generator is None else nudge(output, generator)
-
-        with hooked(model.get_input_embeddings().register_forward_hook(change)):
-            return model(**(accepted(model, nudged(inputs, generator)) | {"use_cache": False})).logits
-
     def run(self) -> None:
         everything, wanted = self.given(), {}
         for number, (what, inputs) in enumerate(everything.items()):
             probes = [] if number else self._probes()  # what is first reads images and text
             with mapped_maths(), all_of([probe.noting() for probe in probes]):
-                wanted[what] = self.logits(self.vlmoe, inputs)
+                wanted[what] = host_logits(self.vlmoe, inputs)
             with mapped_maths(), all_of([probe.comparing() for probe in probes]):
-                got = self.logits(self.native, inputs)
+                got = host_logits(self.native, inputs)
             self.findings.judge(f"{LOGITS} of {what}", wanted[what], got, cache(partial(self.moved, inputs)))
         check_host_meaning(self.plan, self.config)
         what = next(iter(everything))
@@ -117,7 +108,7 @@ class HostExportProof(ExportProof):
     def moved(self, inputs: Inputs) -> Tensor:
         """The checkpoint's logits of inputs that are moved by their last bit."""
         with mapped_maths():
-            return self.logits(self.vlmoe, inputs, self._generator("nudge"))
+            return host_logits(self.vlmoe, inputs, self._generator("nudge"))
 
 
 def in_bfloat16(inputs: Inputs) -> Inputs:

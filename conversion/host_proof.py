@@ -30,14 +30,28 @@ def accepted(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name != "labels" and (takes_any or name in parameters)}
 
 
-def nudged(inputs: dict[str, Any], generator: torch.Generator | None) -> dict[str, Any]:
+def nudged(inputs: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
     """Inputs of which every number that is none of a token is moved by its last bit."""
-    if generator is None:
-        return inputs
     return {
         name: nudge(value, generator) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
     }
+
+
+def host_logits(model: Any, inputs: dict[str, Any], generator: torch.Generator | None = None) -> Tensor:
+    """A VLM's logits, (batch, sequence, vocabulary).
+
+    Args:
+        model: The VLM.
+        inputs: What it is given; what its forward does not take is left out.
+        generator: Given, the inputs and the tokens' embeddings are moved by their last bit.
+    """
+    given = accepted(model, inputs) | {"use_cache": False}
+    if generator is None:
+        return model(**given).logits
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: nudge(output, generator))
+    with hooked(hook):
+        return model(**nudged(given, generator)).logits
 
 
 class HostProof(PartProof):
@@ -81,28 +95,18 @@ class HostProof(PartProof):
         model: Any = reference_model(self.plan, VLM, dtype)
 
         def results(generator: torch.Generator | None) -> dict[str, Tensor]:
-            def change(module: Any, args: tuple, output: Tensor) -> Tensor:
-                return output if generator is None else nudge(output, generator)
-
-            with hooked(model.get_input_embeddings().register_forward_hook(change)):
-                return {
-                    f"logits of a {what} and text": self.logits(model, nudged(inputs, generator))
-                    for what, inputs in given.items()
-                }
+            return {
+                f"logits of a {what} and text": host_logits(model, inputs, generator) for what, inputs in given.items()
+            }
 
         return DenseRun({"": model}, dtype, results)
-
-    @staticmethod
-    def logits(model: Any, inputs: dict[str, Any]) -> Tensor:
-        """A model's logits, (1, sequence, vocabulary)."""
-        return model(**accepted(model, inputs), use_cache=False).logits
 
     def run(self) -> None:
         given = self.inputs()
 
         def results() -> dict[str, Tensor]:
             found = {
-                f"logits of a {what} and text": self.logits(self.sparse, inputs) for what, inputs in given.items()
+                f"logits of a {what} and text": host_logits(self.sparse, inputs) for what, inputs in given.items()
             }
             for what, logits in found.items():
                 if not logits.isfinite().all():

@@ -22,6 +22,7 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",  # sums do not depend on the machine, and processes that are compared add up alike
 }
 
+import io
 import logging
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ import pytest
 import torch
 import transformers
 
+from modeling_vlmoe import cli
 from tests.hub_server import Hub
 
 
@@ -107,6 +109,25 @@ def run_python(tmp_path):
         )
         assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stderr if fails else done.stdout
+
+    return run
+
+
+@pytest.fixture
+def vlmoe_here(monkeypatch, capfd):
+    """Runs the `vlmoe` command in this process, whose imports are paid for; `typed` is what its user types."""
+
+    def run(*words, typed=""):
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["vlmoe", *map(str, words)])
+            patch.setattr(sys, "stdin", io.StringIO(typed))
+            patch.setattr(cli.signal, "signal", lambda *_: None)
+            patch.setattr(cli, "hide_bars", lambda *_: None)
+            with pytest.raises(SystemExit) as stopped:
+                cli.main()
+        said, errors = capfd.readouterr()
+        return subprocess.CompletedProcess(words, stopped.value.code or 0, said, errors)
 
     return run
 

@@ -25,9 +25,12 @@ class Finding:
         kind: one of `KINDS` (table.py).
         gap: of logits or features, in standard deviations of the dense result; None where it was not converted.
         layouts: how its MLPs are written.
-        reads: what a vision tower reads.
+        reads: what a vision tower reads, or in which form a VLM was given an image; empty where it was given none.
         whole: the gap inside a written vision-language model.
-        reason: why it was not converted; of a VLM that was, why parts of it stay dense.
+        reason: why it was not converted; of a VLM that was, why parts of it stay dense, and it was given no image.
+        floor: the dense VLM's own rounding, where the gap had to be judged by it.
+        image_gap: of a VLM's logits of an image and text.
+        image_floor: as `floor`, of that gap.
     """
 
     family: str
@@ -38,6 +41,9 @@ class Finding:
     reads: str = ""
     whole: float | None = None
     reason: str = ""
+    floor: float | None = None
+    image_gap: float | None = None
+    image_floor: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What is not empty, as JSON values."""

@@ -1,10 +1,13 @@
 """Measuring a family of VLMs: a tiny dense one goes through the product's own conversion, sparse in every part that
-can be, is loaded from its files, and is compared with itself: logits of text, and every MLP on random rows.
+can be, is loaded from its files, and is compared with itself: logits of text, logits of an image and text, and every
+MLP on random rows.
 
-No processor is needed for that; the proof that `vlmoe upcycle` makes with one, on pictures, is left out.
+The image is raw tensors of the shapes that the family's processor makes (vlm_inputs.py): no processor is needed.
 """
 
 import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,15 @@ from modeling_vlmoe.parts import find_connector, find_towers
 from modeling_vlmoe.towers import find_dense_mlp
 
 from ..arguments import UpcycleArguments
-from ..gaps import measure_gap
+from ..gaps import Findings, nudge
 from ..host_parents import check_dense_host
 from ..host_planning import InPlacePlan, plan_in_place
 from ..parents import BROKEN, Parent
 from ..streaming import CheckpointReader, write_checkpoint
-from .findings import NUM_EXPERTS, NUM_TOKENS, Finding, first_tokens, judged, one_line
+from .findings import NUM_EXPERTS, Finding, one_line
 from .table import CONVERTED, REFUSED, SPARSE
 from .tiny_vlms import build_vlm
+from .vlm_runs import check_effects, judge_logits, run_image, run_text
 
 ROWS = 16  # random ones that every MLP is given
 
@@ -65,15 +69,19 @@ def layouts_of_parts(dense: Any, config: Any) -> str:
     return ", ".join(f"{part}: {names}" for part, names in found.items())
 
 
-def mlp_gap(plan: InPlacePlan, dense: Any, sparse: Any) -> float:
-    """The largest gap of an MLP on random rows."""
-    gaps, generator = [0.0], torch.Generator().manual_seed(3)
+def judge_mlps(findings: Findings, plan: InPlacePlan, dense: Any, sparse: Any) -> None:
+    """Judges every MLP on random rows.
+
+    Raises:
+        ProofError: naming the one whose gap is too large.
+    """
+    generator = torch.Generator().manual_seed(3)
     for path, mlp in plan.mlps.items():
         block = sparse.get_submodule(path)
         rows = torch.randn(1, ROWS, block.router.weight.shape[1], generator=generator)
-        wanted = run_dense(dense.get_submodule(mlp.layout.source_path(path)), mlp.layout, rows)
-        gaps.append(measure_gap(wanted, block(rows)))
-    return max(gaps)
+        run = partial(run_dense, dense.get_submodule(mlp.layout.source_path(path)), mlp.layout)
+        nudged = partial(run, nudge(rows, generator))
+        findings.judge(f"{path} on random rows", run(rows), block(rows), nudged)
 
 
 def convert(dense: Any, folder: Path) -> tuple[InPlacePlan, dict[str, str], Any]:
@@ -91,6 +99,33 @@ def convert(dense: Any, folder: Path) -> tuple[InPlacePlan, dict[str, str], Any]
     return plan, reasons, AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).eval()
 
 
+def measure_dense(family: str, dense: Any, folder: Path) -> Finding:
+    """Measures a tiny dense VLM that answers to text.
+
+    Args:
+        family: its model type.
+        dense: the VLM.
+        folder: an empty one, to write it into.
+
+    Raises:
+        ValueError: when it cannot be converted, when what was written gives other answers, or experts are bypassed.
+    """
+    plan, reasons, sparse = convert(dense, folder)
+    findings = Findings()
+    judge_mlps(findings, plan, dense, sparse)
+    judge_logits(findings, run_text(dense), dense, sparse)
+    worst, said = findings.largest, [f"{part} stays dense: {why}" for part, why in reasons.items()]
+    layouts = layouts_of_parts(dense, plan.config)
+    finding = Finding(family, "vlm", CONVERTED, worst.gap, layouts, reason="; ".join(said), floor=worst.floor)
+    try:
+        run = run_image(family, dense)
+    except BROKEN as error:
+        return replace(finding, reason="; ".join([f"images not run: {one_line(error)}", *said]))
+    image = judge_logits(findings, run, dense, sparse)
+    check_effects(run, sparse, plan.mlps)
+    return replace(finding, reads=run.form, image_gap=image.gap, image_floor=image.floor)
+
+
 def measure_vlm(family: str, config: Any) -> Finding:
     """Measures a family of VLMs.
 
@@ -104,16 +139,11 @@ def measure_vlm(family: str, config: Any) -> Finding:
             return Finding(family, "vlm", SPARSE, reason=f"its LLM's configuration has {', '.join(declared)}")
         check_dense_host(family, config)
         dense: Any = build_vlm(family)
-        tokens = first_tokens((2, NUM_TOKENS))
-        wanted = dense(input_ids=tokens).logits
+        run_text(dense)
     except (*BROKEN, ImportError, StrictDataclassError) as error:
         return Finding(family, "vlm", REFUSED, reason=one_line(error))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            plan, reasons, sparse = convert(dense, Path(folder))
+            return measure_dense(family, dense, Path(folder))
         except BROKEN as error:
             return Finding(family, "vlm", REFUSED, reason=one_line(error, Path(folder)))
-        gap = max(measure_gap(wanted, sparse(input_ids=tokens).logits), mlp_gap(plan, dense, sparse))
-    layouts = layouts_of_parts(dense, plan.config)
-    reason = "; ".join(f"{part} stays dense: {why}" for part, why in reasons.items())
-    return judged(Finding(family, "vlm", CONVERTED, gap, layouts, reason=reason))

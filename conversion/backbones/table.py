@@ -32,7 +32,11 @@ tower gives, made sparse in every layer, on whatever it reads; "in a model" is t
 written vision-language model, which answers to a picture through its own processor. A ViT of which only the tower
 can be made sparse is refused. Of a VLM, which stays in its own class (`--vlm-model`; a LLaVA becomes our own
 composite), it is that of the logits of text, and of every MLP on random rows, sparse in each part that can be; a part
-that stays dense has its reason. The proof of `vlmoe upcycle` gives it pictures too.
+that stays dense has its reason. "With an image" is the gap of the logits of an image and text, the image in the form
+that is named: tensors as its processor makes them. Without the experts of any one MLP these logits are others: none is
+bypassed. What has no such gap has its reason ("images not run"). VLMs are judged as in every proof of a conversion:
+where the dense one itself answers the last bit of its input with more than the limit, three times this rounding is
+allowed; it is given then.
 
 - **converted**: a tiny one was, within the gap.
 - **refused**: the reason is what the conversion says, on these tiny models.
@@ -71,9 +75,10 @@ def select(findings: Iterable[dict[str, Any]], part: str, kind: str) -> list[dic
     return [row for row in findings if row["part"] == part and row["kind"] == kind]
 
 
-def show_gap(gap: float | None) -> str:
-    """A gap in two digits."""
-    return "" if gap is None else f"{gap:.1e}"
+def show_gap(gap: float | None, floor: float | None = None) -> str:
+    """A gap in two digits, with the dense model's own rounding where it was judged by that."""
+    rounding = "" if floor is None else f" (rounding {show_gap(floor)})"
+    return "" if gap is None else f"{gap:.1e}{rounding}"
 
 
 def shorten(reason: str) -> str:
@@ -105,10 +110,19 @@ def _converted(part: str, rows: list[dict[str, Any]]) -> list[str]:
         of_text = [(row["family"], show_gap(row.get("gap")), row["layouts"]) for row in rows]
         return _rows(("family", "gap of logits", "how its MLPs are written"), of_text)
     if part == "vlm":
+        head = ("family", "gap of logits", "with an image", "given as", "how the MLPs of its parts are written")
         of_vlm = [
-            (row["family"], show_gap(row["gap"]), row["layouts"], shorten(row.get("reason", ""))) for row in rows
+            (
+                row["family"],
+                show_gap(row["gap"], row.get("floor")),
+                show_gap(row.get("image_gap"), row.get("image_floor")),
+                row.get("reads", ""),
+                row["layouts"],
+                shorten(row.get("reason", "")),
+            )
+            for row in rows
         ]
-        return _rows(("family", "gap of logits", "how the MLPs of its parts are written", "what stays dense"), of_vlm)
+        return _rows((*head, "what stays dense"), of_vlm)
     cells = [
         (row["family"], row["reads"], show_gap(row["gap"]), show_gap(row["whole"]), row["layouts"]) for row in rows
     ]
@@ -139,10 +153,13 @@ def describe(row: dict[str, Any]) -> str:
     """All that is known about one family."""
     lines = [f"{row['family']} ({row['part']}): {row['kind']}"]
     if "gap" in row:
-        lines.append(f"  gap {show_gap(row['gap'])} standard deviations")
+        lines.append(f"  gap {show_gap(row['gap'], row.get('floor'))} standard deviations")
     if "layouts" in row:
         lines.append(f"  MLPs: {row['layouts']}")
-    if "reads" in row:
+    if "image_gap" in row:
+        gap = show_gap(row["image_gap"], row.get("image_floor"))
+        lines.append(f"  with an image, given as {row['reads']}: gap {gap}")
+    elif "reads" in row:
         lines.append(f"  reads {row['reads']}")
     if row["part"] == "vision" and row["kind"] == CONVERTED:
         lines.append(f"  in a vision-language model: gap {show_gap(row['whole'])}")

@@ -6,32 +6,50 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .families import VLM_TABLES, config_class, registered_class
-from .tiny_configs import FAMILY_FIELDS, SIZES
+from .tiny_configs import FAMILY_FIELDS, IMAGE_SIZE, PATCH_SIZE, SIZES, TEXT_SIZES, VOCABULARY
 from .tiny_parents import MOST_PARAMETERS, redraw
 
 # What the part of a VLM's configuration is called that holds an LLM; all others are ViTs, or sized like them.
 TEXT_PARTS = ("text_config", "qformer_config", "decoder")
 SECTIONS = "mrope_section"
 MROPE = {"rope_type": "default", "rope_theta": 1e4, SECTIONS: [1, 1, 2]}  # of the half of a head
-# What the parts of a family need beside, or otherwise: these cut heads too, by sizes that no configuration names.
+# The ViT is wider than the LLM, so that what maps into the LLM is told from what does not.
+WIDTH = 2 * TEXT_SIZES["hidden_size"]
+WIDE = {"hidden_size": WIDTH, "embed_dim": WIDTH, "num_attention_heads": 8, "num_heads": 8}
+VISION = "vision_config"
+# The word that stands for an image, and what the configuration of the whole calls it.
+IMAGE_TOKEN, IMAGE_TOKENS = 4, ("image_token_id", "image_token_index")
+NUM_TILES = 2  # that an image is cut into, side by side
+FINE_SIZE = 2 * IMAGE_SIZE  # of the image that a second ViT reads beside the first (DeepSeek-VL's hybrid)
+IN_SECTIONS = {"text_config": {"rope_parameters": MROPE}}  # heads are cut, by sizes that no configuration names
+# What the parts of a family need beside, or otherwise.
 VLM_FIELDS: dict[str, dict[str, dict[str, Any]]] = {
-    family: {"text_config": {"rope_parameters": MROPE}}
-    for family in (
-        "glm46v",
-        "glm4v",
-        "glm_ocr",
-        "glmga",
-        "paddleocr_vl",
-        "qwen2_5_omni_thinker",
-        "qwen2_5_vl",
-        "qwen2_vl",
-    )
+    "deepseek_vl_hybrid": {"high_res_vision_config": {"image_size": FINE_SIZE}},
+    "gemma4_unified": {
+        VISION: {"pooling_kernel_size": 1, "mm_embed_dim": WIDTH, "output_proj_dims": WIDTH, "mm_posemb_size": 16}
+    },
+    "glm46v": IN_SECTIONS,
+    "glm4v": IN_SECTIONS,
+    "glm_ocr": IN_SECTIONS,
+    "glmga": IN_SECTIONS,
+    "idefics2": {"perceiver_config": {"resampler_n_latents": 4}},
+    "mllama": {VISION: {"intermediate_layers_indices": [1, 2], "vision_output_dim": 3 * WIDTH}},
+    "ovis2": {VISION: {"vocab_size": VOCABULARY}},
+    "paddleocr_vl": IN_SECTIONS,
+    "qwen2_5_omni_thinker": IN_SECTIONS,
+    "qwen2_5_vl": IN_SECTIONS,
+    "qwen2_vl": IN_SECTIONS | {VISION: {"hidden_size": TEXT_SIZES["hidden_size"]}},  # embed_dim is the ViT's
 }
-
-VLM_FIELDS["mllama"] = {"vision_config": {"intermediate_layers_indices": [1, 2]}}
+TILED = {"image_grid_pinpoints": [[IMAGE_SIZE, NUM_TILES * IMAGE_SIZE]]}
 # What the whole of a family needs, so that its images can be read.
 ROOT_FIELDS: dict[str, dict[str, Any]] = {
+    "fuyu": {"patch_size": PATCH_SIZE},
     "gemma3": {"mm_tokens_per_image": 4},
+    "llava_next": TILED,
+    "llava_next_video": TILED,
+    "llava_onevision": TILED,
+    "ovis2": {"hidden_size": TEXT_SIZES["hidden_size"]},
+    "paligemma": {"projection_dim": TEXT_SIZES["hidden_size"]},
     "shieldgemma2": {"mm_tokens_per_image": 4},
     "vipllava": {"vision_feature_layers": [-2, -3]},
 }
@@ -44,7 +62,7 @@ def names_sections(rope: Any) -> bool:
 
 def part_fields(name: str, part: PreTrainedConfig) -> dict[str, Any]:
     """The sizes that one part's configuration names, small."""
-    sizes = SIZES["text" if name in TEXT_PARTS else "vision"]
+    sizes = SIZES["text"] if name in TEXT_PARTS else SIZES["vision"] | WIDE
     own = FAMILY_FIELDS.get(part.model_type, {})
     known = set(part.to_dict()) | set(part.attribute_map)
     fields = {field: value for field, value in sizes.items() if field in known} | own
@@ -57,9 +75,12 @@ def part_fields(name: str, part: PreTrainedConfig) -> dict[str, Any]:
 def tiny_vlm_config(family: str) -> PreTrainedConfig:
     """A tiny configuration of a family of VLMs."""
     made: Any = config_class(family)()
-    fields: dict[str, Any] = {}
-    for name in made.sub_configs or {}:
-        if (part := getattr(made, name, None)) is not None:
+    fields: dict[str, Any] = {name: IMAGE_TOKEN for name in IMAGE_TOKENS if hasattr(made, name)}
+    for name, part_class in (made.sub_configs or {}).items():
+        part = getattr(made, name, None)
+        if part is None and name == VISION:  # Gemma-4 leaves its ViT out where none is named
+            part = part_class()
+        if part is not None:
             fields[name] = part_fields(name, part) | VLM_FIELDS.get(family, {}).get(name, {})
     return config_class(family)(**(fields | ROOT_FIELDS.get(family, {})))
 

@@ -4,7 +4,7 @@ A tower says it by the names of its forward's arguments. The first form whose na
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ NUM_IMAGES = 2
 
 @dataclass(frozen=True)
 class CallForm:
-    """A way to call a vision tower.
+    """A way to call a vision tower, or to give a whole VLM an image.
 
     Attributes:
         name: what tables call it.
@@ -35,45 +35,48 @@ class CallForm:
     inputs: Callable[[Any], dict[str, Tensor]]
 
 
-def _noise(*shape: int) -> Tensor:
+def noise(*shape: int) -> Tensor:
+    """Random values of a shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(6))
 
 
-def _channels(config: Any) -> int:
+def num_channels(config: Any) -> int:
+    """How many channels an image has."""
     return getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3
 
 
-def _grid() -> Tensor:
-    return torch.tensor([[1, SIDE, SIDE]])  # frames, rows, columns
+def grid() -> Tensor:
+    """The shape of one image in patches, (1, 3): frames, rows, columns."""
+    return torch.tensor([[1, SIDE, SIDE]])
 
 
-def _flat_patches(config: Any) -> Tensor:
+def flat_patches(config: Any) -> Tensor:
     """One image as rows of patches, (patches, frames x channels x height x width)."""
-    return _noise(SIDE * SIDE, patch_frames(config) * _channels(config) * PATCH_SIZE**2)
+    return noise(SIDE * SIDE, patch_frames(config) * num_channels(config) * PATCH_SIZE**2)
 
 
 def pixels(config: Any) -> dict[str, Tensor]:
     """Images, (images, channels, height, width)."""
-    return {"pixel_values": _noise(NUM_IMAGES, _channels(config), IMAGE_SIZE, IMAGE_SIZE)}
+    return {"pixel_values": noise(NUM_IMAGES, num_channels(config), IMAGE_SIZE, IMAGE_SIZE)}
 
 
 def clip(config: Any) -> Tensor:
     """One video, (1, frames, channels, height, width)."""
     frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None) or NUM_FRAMES
-    return _noise(1, frames, _channels(config), IMAGE_SIZE, IMAGE_SIZE)
+    return noise(1, frames, num_channels(config), IMAGE_SIZE, IMAGE_SIZE)
 
 
 def square_patches(config: Any) -> dict[str, Tensor]:
     """Patches as small images, (patches, channels, height, width), with their grid."""
-    return {"pixel_values": _noise(SIDE * SIDE, _channels(config), PATCH_SIZE, PATCH_SIZE), "grid_thw": _grid()}
+    return {"pixel_values": noise(SIDE * SIDE, num_channels(config), PATCH_SIZE, PATCH_SIZE), "grid_thw": grid()}
 
 
 def padded_patches(config: Any) -> dict[str, Tensor]:
     """NaFlex: patches of each image, padded, with a mask and the images' shapes in patches."""
     num = SIDE * SIDE
     return {
-        "pixel_values": _noise(NUM_IMAGES, num, _channels(config) * PATCH_SIZE**2),
-        "pixel_attention_mask": torch.ones(NUM_IMAGES, num),
+        "pixel_values": noise(NUM_IMAGES, num, num_channels(config) * PATCH_SIZE**2),
+        "pixel_attention_mask": torch.ones(NUM_IMAGES, num, dtype=torch.long),
         "spatial_shapes": torch.tensor([[SIDE, SIDE]] * NUM_IMAGES),
     }
 
@@ -81,19 +84,19 @@ def padded_patches(config: Any) -> dict[str, Tensor]:
 def placed_patches(config: Any) -> dict[str, Tensor]:
     """Patches of one image with each one's place."""
     places = torch.stack(torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="xy"), dim=-1)
-    patches = _noise(1, SIDE * SIDE, _channels(config) * PATCH_SIZE**2)
+    patches = noise(1, SIDE * SIDE, num_channels(config) * PATCH_SIZE**2)
     return {"pixel_values": patches, "pixel_position_ids": places.reshape(1, SIDE * SIDE, 2)}
 
 
 def prompted_pixels(config: Any) -> dict[str, Tensor]:
     """An image with a prompt image and its mask (SegGPT)."""
     shape = (1, 3, IMAGE_SIZE // 2, IMAGE_SIZE)
-    return {name: _noise(*shape) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")}
+    return {name: noise(*shape) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")}
 
 
 def patch_strip(config: Any) -> dict[str, Tensor]:
     """Patches of one image side by side, (1, channels, patch height, width), with the images' shapes in patches."""
-    strip = _noise(1, _channels(config), PATCH_SIZE, SIDE * SIDE * PATCH_SIZE)
+    strip = noise(1, num_channels(config), PATCH_SIZE, SIDE * SIDE * PATCH_SIZE)
     return {"pixel_values": strip, "target_sizes": torch.tensor([[SIDE, SIDE]], dtype=torch.int32)}
 
 
@@ -105,27 +108,27 @@ FORMS = (
     CallForm(
         "packed patches",
         frozenset({"hidden_states", "grid_thw"}),
-        lambda config: {"hidden_states": _flat_patches(config), "grid_thw": _grid()},
+        lambda config: {"hidden_states": flat_patches(config), "grid_thw": grid()},
     ),
     CallForm(
         "packed patches, to be merged",
         frozenset({"pixel_values", "grid_thw", "merge_sizes"}),
         lambda config: {
-            "pixel_values": _flat_patches(config),
-            "grid_thw": _grid(),
+            "pixel_values": flat_patches(config),
+            "grid_thw": grid(),
             "merge_sizes": torch.tensor([1]),
         },
     ),
     CallForm(
         "packed patches",
         frozenset({"pixel_values", "grid_thw"}),
-        lambda config: {"pixel_values": _flat_patches(config), "grid_thw": _grid()},
+        lambda config: {"pixel_values": flat_patches(config), "grid_thw": grid()},
     ),
     CallForm(
         "square patches",
         frozenset({"pixel_values", "image_grid_thw"}),
         lambda config: {
-            "pixel_values": _noise(4, 2 * PATCH_SIZE, 2 * PATCH_SIZE, 3),
+            "pixel_values": noise(4, 2 * PATCH_SIZE, 2 * PATCH_SIZE, 3),
             "image_grid_thw": torch.tensor([[1, SIDE // 2, SIDE // 2]]),
         },
     ),
@@ -145,7 +148,28 @@ FAMILY_FORMS = {
 }
 
 
-def call_form(family: str, model_class: Any) -> CallForm:
-    """How the towers of a family are called."""
+def find_form(
+    family: str, model_class: Any, forms: Iterable[CallForm], exceptions: Mapping[str, CallForm]
+) -> CallForm:
+    """The form of a family: its exception, else the first whose arguments the forward of its class takes.
+
+    Raises:
+        ValueError: when there is none.
+    """
     names = set(inspect.signature(model_class.forward).parameters)
-    return FAMILY_FORMS.get(family) or next(form for form in FORMS if form.needed <= names)
+    for form in (exceptions.get(family), *forms):
+        if form is not None and form.needed <= names:
+            return form
+    raise ValueError(
+        f"{model_class.__name__} takes {', '.join(sorted(names - {'self'}))}, and images in no known form; expected "
+        f"the arguments of one of these: {'; '.join(form.name for form in forms)}. Add a form (CallForm)."
+    )
+
+
+def call_form(family: str, model_class: Any) -> CallForm:
+    """How the towers of a family are called.
+
+    Raises:
+        ValueError: when they are in no known way.
+    """
+    return find_form(family, model_class, FORMS, FAMILY_FORMS)

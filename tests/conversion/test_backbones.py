@@ -19,7 +19,7 @@ from modeling_vlmoe.conversion.backbones.table import (
     select,
     write_table,
 )
-from modeling_vlmoe.conversion.gaps import LIMIT
+from modeling_vlmoe.conversion.gaps import FLOOR_FACTOR, LIMIT
 
 PAGE = Path(__file__).parents[2] / "docs" / "backbones.md"
 README = PAGE.parents[1] / "README.md"
@@ -55,6 +55,10 @@ needs_measured_version = pytest.mark.skipif(
 )
 
 
+def is_within(gap, floor):
+    return gap <= max(LIMIT, FLOOR_FACTOR * (floor or 0))
+
+
 def test_the_page_is_rendered_from_the_table():
     assert PAGE.read_text(encoding="utf-8") == render_page(TABLE), (
         "docs/backbones.md is stale: run `vlmoe backbones --measure --write docs/backbones.md`"
@@ -75,9 +79,15 @@ def test_enough_families_are_converted_and_the_others_have_a_reason():
     assert counts["vlm"][CONVERTED] >= 25
     for row in TABLE["findings"]:
         assert row["kind"] in KINDS
-        assert row["gap"] <= LIMIT if row["kind"] == CONVERTED else row["reason"], row
+        assert is_within(row["gap"], row.get("floor")) if row["kind"] == CONVERTED else row["reason"], row
     for row in select(TABLE["findings"], "vision", CONVERTED):
         assert row["whole"] <= LIMIT, row
+
+
+def test_every_converted_vlm_gave_the_dense_logits_of_an_image():
+    for row in select(TABLE["findings"], "vlm", CONVERTED):
+        assert row["reads"], row
+        assert is_within(row["image_gap"], row.get("image_floor")), row
 
 
 @needs_measured_version
@@ -98,6 +108,8 @@ def check_row(part, family):
     assert found.kind == wanted["kind"], found.reason
     assert found.layouts == wanted.get("layouts", "")
     assert (found.whole is None) == ("whole" not in wanted), found.reason
+    assert found.reads == wanted.get("reads", "")
+    assert (found.image_gap is None) == ("image_gap" not in wanted), found.reason
 
 
 @needs_measured_version
@@ -124,6 +136,11 @@ def test_the_command_says_more_about_a_family():
     assert "gpt2 (text): converted" in done.stdout
     assert "mamba (text): refused" in done.stdout
     assert "layers.0 has no MLP that matches" in done.stdout
+
+
+def test_the_command_says_how_a_vlm_was_given_an_image():
+    done = CliRunner().invoke(app, ["backbones", "qwen2_5_vl"])
+    assert "with an image, given as packed patches: gap " in done.stdout
 
 
 def test_the_command_measures_a_family_again():

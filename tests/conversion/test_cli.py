@@ -14,12 +14,12 @@ def vlmoe(*args):
     return subprocess.run([*VLMOE, *map(str, args)], capture_output=True, text=True, timeout=300)
 
 
-def test_every_setting_has_a_flag_with_help():
+def test_every_setting_has_a_flag_with_help(vlmoe_here):
     from dataclasses import fields
 
     from modeling_vlmoe.conversion import UpcycleArguments
 
-    text = vlmoe("upcycle", "--help").stdout
+    text = vlmoe_here("upcycle", "--help").stdout
     for item in fields(UpcycleArguments):
         assert f"--{item.name.replace('_', '-')}" in text
         assert item.metadata["help"].split()[0] in text
@@ -54,8 +54,8 @@ def test_a_signal_that_ends_it_leaves_nothing(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_prints_and_needs_no_output_folder(parents):
-    done = vlmoe(
+def test_a_dry_run_prints_and_needs_no_output_folder(vlmoe_here, parents):
+    done = vlmoe_here(
         "upcycle",
         "--text-model",
         parents / "llama",
@@ -67,8 +67,8 @@ def test_a_dry_run_prints_and_needs_no_output_folder(parents):
     assert "active per token" in done.stdout
 
 
-def test_a_dense_model_is_made(parents, tmp_path):
-    done = vlmoe(
+def test_a_dense_model_is_made(vlmoe_here, parents, tmp_path):
+    done = vlmoe_here(
         "upcycle",
         "--text-model",
         parents / "llama",
@@ -85,20 +85,20 @@ def test_a_dense_model_is_made(parents, tmp_path):
     assert receipt["proof"]["largest_gap"] <= 1e-5
 
 
-def test_a_native_form_there_and_back(parents, tmp_path):
+def test_a_native_form_there_and_back(vlmoe_here, parents, tmp_path):
     text, vision = ["--text-model", parents / "llama"], ["--vision-model", parents / "clip"]
-    done = vlmoe("upcycle", *text, *vision, "--format", "native", "--output-dir", tmp_path / "native")
+    done = vlmoe_here("upcycle", *text, *vision, "--format", "native", "--output-dir", tmp_path / "native")
     assert done.returncode == 0, done.stderr
     assert "llava around mixtral" in done.stdout
     assert "logits in bfloat16, exported" in done.stdout
-    done = vlmoe("import", "--vlm-model", tmp_path / "native", "--output-dir", tmp_path / "ours")
+    done = vlmoe_here("import", "--vlm-model", tmp_path / "native", "--output-dir", tmp_path / "ours")
     assert done.returncode == 0, done.stderr
     assert "proved equal to its parents" in done.stdout
-    done = vlmoe("export", tmp_path / "ours", "--to", "text", "--dry-run")
+    done = vlmoe_here("export", tmp_path / "ours", "--to", "text", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "x vlmoe: the vision part is not exported" in done.stdout
     assert "141,280 parameters, 58,336 active per token" in done.stdout  # 2 of 8 experts
-    done = vlmoe("export", tmp_path / "ours", "--to", "text", "--output-dir", tmp_path / "text")
+    done = vlmoe_here("export", tmp_path / "ours", "--to", "text", "--output-dir", tmp_path / "text")
     assert done.returncode == 0, done.stderr
     assert "mixtral\n" in done.stdout
 
@@ -114,14 +114,14 @@ def test_a_native_form_there_and_back(parents, tmp_path):
         (["--text-layers", "all"], "text_layers is 'all'; expected layers"),
     ],
 )
-def test_user_errors_are_one_message_and_code_2(tmp_path, flags, message):
-    done = vlmoe("upcycle", "--output-dir", tmp_path / "out", *flags)
+def test_user_errors_are_one_message_and_code_2(vlmoe_here, tmp_path, flags, message):
+    done = vlmoe_here("upcycle", "--output-dir", tmp_path / "out", *flags)
     assert done.returncode == 2
     assert f"vlmoe: {message}" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(Path(tmp_path).iterdir()) == []
 
 
-def test_unknown_flags_are_refused():
-    done = vlmoe("upcycle", "--tekst-model", "x")
+def test_unknown_flags_are_refused(vlmoe_here):
+    done = vlmoe_here("upcycle", "--tekst-model", "x")
     assert (done.returncode, "No such option" in done.stderr) == (2, True)

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +19,6 @@ from tests.finetune.conftest import COLOURS
 from tests.finetune.host_rows import template
 from tests.finetune.questions import question, write_rows
 
-VLMOE = str(Path(sys.executable).parent / "vlmoe")
 FAMILIES = ["qwen2_5_vl", "smolvlm", "llava_next", "gemma3"]
 
 
@@ -143,12 +139,10 @@ def test_cards_tell_of_it(sparse, tuned, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_can_be_chatted_with_and_pushed(tuned, family, pictures):
+def test_it_can_be_chatted_with_and_pushed(tuned, family, pictures, vlmoe_here):
     words = ["max_new_tokens=4", "do_sample=false", "--image", str(pictures / "images" / "red.png")]
     folder = tuned(family) / "merged"
-    done = subprocess.run(
-        [VLMOE, "chat", str(folder), *words], input="which colour?\n", capture_output=True, text=True, timeout=300
-    )
+    done = vlmoe_here("chat", folder, *words, typed="which colour?\n")
     assert done.returncode == 0, done.stderr
     model, made = AutoModelForImageTextToText.from_pretrained(folder), open_processor(folder, family)
     wanted = evaluate_vqa(model, made, list(load_chat_data(pictures, "test"))[:1], max_new_tokens=4)["predictions"]
@@ -199,15 +193,14 @@ PROCESSOR = ("processor_config.json", "tokenizer.json", "tokenizer_config.json")
     ids=["processor", "template"],
 )
 def test_raises_before_the_weights_are_read_when_there_is_no(
-    sparse, pictures, tmp_path, monkeypatch, family, without, message
+    sparse, pictures, tmp_path, monkeypatch, vlmoe_here, family, without, message
 ):
     monkeypatch.setattr("modeling_vlmoe.finetune.train.load_base", None)
     folder = copied(sparse(family), tmp_path / "model", *without)
     with pytest.raises(ValueError, match=message):
         finetune(settings(folder, pictures / "test.jsonl", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-    words = [VLMOE, "chat", str(folder)]
-    done = subprocess.run(words, input="hello\n", capture_output=True, text=True, timeout=300)
+    done = vlmoe_here("chat", folder, typed="hello\n")
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert message[:20] in done.stderr

@@ -135,12 +135,14 @@ def test_a_stranger_loads_it_with_trust_remote_code_and_re_saves_it(saved, tmp_p
 
 
 def test_without_trust_the_error_names_the_flag(saved, run_without_package):
-    code = (
-        "from transformers import {name}\ntry:\n    {name}.from_pretrained({folder!r})\nexcept ValueError as error:\n"
-        "    assert 'trust_remote_code=True' in str(error), error\nelse:\n    raise SystemExit('loaded')"
+    names = ("AutoModelForImageTextToText", "AutoModel", "AutoConfig", "AutoProcessor")
+    code = "\n".join(
+        f"from transformers import {name}\ntry:\n    {name}.from_pretrained({str(saved)!r})\n"
+        "except ValueError as error:\n    assert 'trust_remote_code=True' in str(error), error\n"
+        f"else:\n    raise SystemExit('{name} loaded')"
+        for name in names
     )
-    for name in ("AutoModelForImageTextToText", "AutoModel", "AutoConfig", "AutoProcessor"):
-        run_without_package(code.format(name=name, folder=str(saved)))
+    run_without_package(code)
 
 
 def required_files(folder):

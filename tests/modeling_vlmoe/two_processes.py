@@ -1,4 +1,4 @@
-"""Run by `torchrun --nproc_per_node 2 two_processes.py MODE FOLDER NEW_FOLDER`.
+"""Run by `torchrun --nproc_per_node 2 two_processes.py FOLDER NEW_FOLDER MODE ...`.
 
 A split model against the whole one in each process: forward, backward, steps, saving, loading whole and split again.
 """
@@ -42,8 +42,7 @@ def check_saved(mode: str, split: VLMoEForConditionalGeneration, folder: str, in
         assert gap(whole(load_split(mode, folder).eval()(**inputs).logits), wanted) <= 1e-5
 
 
-def main(mode: str, folder: str, new_folder: str) -> None:
-    torch.set_num_threads(1)
+def check(mode: str, folder: str, new_folder: str) -> None:
     split = load_split(mode, folder).train()
     alone = VLMoEForConditionalGeneration.from_pretrained(folder).train()
     wrapped = [type(module).__name__ for module in split.modules() if type(module).__name__.startswith("FSDP")]
@@ -79,6 +78,12 @@ def main(mode: str, folder: str, new_folder: str) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         print(f"{mode} equals one process: {sorted(set(wrapped))}")
+
+
+def main(folder: str, new_folder: str, *modes: str) -> None:
+    torch.set_num_threads(1)
+    for mode in modes:
+        check(mode, folder, f"{new_folder}/{mode}")
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Run by `torchrun --nproc_per_node 2 two_processes_in_place.py MODE FAMILY FOLDER NEW_FOLDER`.
+"""Run by `torchrun --nproc_per_node 2 two_processes_in_place.py FAMILY FOLDER NEW_FOLDER MODE ...`.
 
 A host's VLM that is sparse in place, split, against the whole one in each process: forward, backward, a step, saving.
 """
@@ -22,8 +22,7 @@ def load(folder, mode=None):
     return AutoModelForImageTextToText.from_pretrained(folder, **sizes)
 
 
-def main(mode, family, folder, new_folder):
-    torch.set_num_threads(1)
+def check(mode, family, folder, new_folder):
     split, alone = load(folder, mode).train(), load(folder).train()
     if mode.startswith("fsdp"):
         layers = [layer for _, tower in find_towers(split).values() for layer in tower_layers(tower)[1]]
@@ -56,6 +55,12 @@ def main(mode, family, folder, new_folder):
     dist.barrier()
     if dist.get_rank() == 0:
         print(f"{mode} equals one process")
+
+
+def main(family, folder, new_folder, *modes):
+    torch.set_num_threads(1)
+    for mode in modes:
+        check(mode, family, folder, f"{new_folder}/{mode}")
     dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,12 @@ def pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def chat(*words, typed: str) -> subprocess.CompletedProcess:
-    return subprocess.run([*VLMOE, *map(str, words)], input=typed, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def chat(vlmoe_here):
+    return partial(vlmoe_here, "chat")
 
 
-def test_a_server_and_a_checkpoint_give_the_answers_of_generate(vlmoe_server, vlmoe_folder, pictures):
+def test_a_server_and_a_checkpoint_give_the_answers_of_generate(chat, vlmoe_server, vlmoe_folder, pictures):
     typed = f'!image "a red one.png"\n{QUESTION}!clear\n!image "a blue one.png"\n{QUESTION}'
     wanted = f"{generated(vlmoe_folder, 'red')}\n{generated(vlmoe_folder, 'blue')}\n"
     for where in ([f"{vlmoe_server}/v1"], [vlmoe_server], []):
@@ -41,7 +43,7 @@ def test_a_server_and_a_checkpoint_give_the_answers_of_generate(vlmoe_server, vl
         assert (done.returncode, done.stdout) == (0, wanted), done.stderr
 
 
-def test_the_conversation_goes_on(vlmoe_server, vlmoe_folder, pictures):
+def test_the_conversation_goes_on(chat, vlmoe_server, vlmoe_folder, pictures):
     """The second question sees the first picture and answer."""
     typed = f"{QUESTION}and where is it?\n!save said.json\n"
     done = chat(vlmoe_folder, vlmoe_server, *SETTINGS, "--image", "a red one.png", typed=typed)
@@ -74,7 +76,7 @@ def test_a_terminal_is_prompted_helped_and_corrected(vlmoe_server, vlmoe_folder,
     assert generated(vlmoe_folder, "red") in text
 
 
-def test_raises_when_a_piped_line_cannot_be_done(vlmoe_folder):
+def test_raises_when_a_piped_line_cannot_be_done(chat, vlmoe_folder):
     done = chat(vlmoe_folder, f"http://127.0.0.1:{free_port()}", typed=f"{QUESTION}!help\n")
     assert (done.returncode, done.stdout) == (2, "")
     assert "vlmoe serve" in done.stderr
