@@ -1,12 +1,13 @@
-"""Paths: one for each token and each expert that it was sent to. Kernels take them in groups of one expert.
+"""Paths: one for each token and each expert that it was sent to. Kernels take them in groups.
 
-Invariant: a group is the rows of one expert, cut where they are many; where rows are rounded up, the rows added are
-repeats with weight zero, so that they add nothing to any sum. Half precision on a CPU needs the rounding: oneDNN
-builds a new kernel for each number of rows that it has not seen (torch 2.13).
+Invariant: a group is a run of the paths sorted by expert, of one expert or of several, cut where it is long. Where an
+expert's rows are rounded up, the rows added are repeats with weight zero, so that they add nothing to any sum. Half
+precision on a CPU needs that: oneDNN builds a new kernel for each number of rows that it has not seen (torch 2.13).
 
 Shapes: T tokens, K experts per token, S = T K paths (path t K + k is token t's k-th), E experts, r rank.
 """
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,26 +23,75 @@ COARSEST = 64
 
 @dataclass(frozen=True)
 class PathGroup:
-    """Some paths of one expert.
+    """Paths of some experts that follow one another, sorted by expert.
 
     Attributes:
-        expert: which.
+        experts: which.
         paths: their numbers, (rows,).
         tokens: their tokens, (rows,).
-        num_real: how many of them are no repeats; those come first.
+        ends: where each expert's rows end, (experts,), as `grouped_mm` takes it; None for one expert.
+        is_real: which rows are no repeats, (rows,); None where all are.
     """
 
-    expert: int
+    experts: range
     paths: Tensor
     tokens: Tensor
-    num_real: int
+    ends: Tensor | None = None
+    is_real: Tensor | None = None
 
     def weights(self, weight_S: Tensor) -> Tensor:
         """The group's column of weights, (rows, 1); zero for repeats."""
         weight = weight_S.index_select(0, self.paths)
-        if self.num_real < len(weight):
-            weight[self.num_real :] = 0
-        return weight[:, None]
+        return (weight if self.is_real is None else weight * self.is_real)[:, None]
+
+    def zero_repeats(self, rows: Tensor) -> Tensor:
+        """Rows, (rows, width), that are to be added to a sum; changed in place."""
+        return rows if self.is_real is None else rows.mul_(self.is_real[:, None])
+
+    def put(self, target_S: Tensor, rows: Tensor) -> None:
+        """Writes each path's row, of (rows, ...), to its place in (S, ...)."""
+        if self.is_real is None:
+            target_S[self.paths] = rows
+        else:
+            target_S[self.paths[self.is_real]] = rows[self.is_real]
+
+    def own(self, stack: Tensor) -> Tensor:
+        """The experts' own of a stack, (E, ...): (experts, ...), or of one expert (...)."""
+        return stack[self.experts[0]] if self.ends is None else stack[self.experts.start : self.experts.stop]
+
+    def product(self, rows: Tensor, own: Tensor) -> Tensor:
+        """Each row, of (rows, I), times its expert's matrix (I, O): (rows, O)."""
+        return rows @ own if self.ends is None else F.grouped_mm(rows, own, offs=self.ends)
+
+    def add_product(self, total: Tensor, rows: Tensor, own: Tensor) -> None:
+        """Adds that to (rows, O), in place."""
+        if self.ends is None:
+            total.addmm_(rows, own)
+        else:
+            total.add_(self.product(rows, own))
+
+    def add_outer(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """Adds each expert's `left.T @ right`, of rows (rows, O) and (rows, I), to (E, O, I), in place."""
+        if self.ends is None:
+            self.own(total).addmm_(left.T, right)
+        else:
+            self.own(total).add_(F.grouped_mm(left.T, right, offs=self.ends))
+
+    def add_to_rows(self, rows: Tensor, vectors: Tensor) -> None:
+        """Adds each row's expert's vector, of (E, width), to (rows, width), in place."""
+        rows.add_(self.own(vectors) if self.ends is None else vectors.index_select(0, self._expert_of_row()))
+
+    def add_sum(self, total: Tensor, rows: Tensor) -> None:
+        """Adds the sum of each expert's rows, (rows, width), to (E, width), in place."""
+        if self.ends is None:
+            self.own(total).add_(rows.sum(0))
+        else:
+            total.index_add_(0, self._expert_of_row(), rows)
+
+    def _expert_of_row(self) -> Tensor:
+        assert self.ends is not None
+        row = torch.arange(len(self.paths), dtype=self.ends.dtype, device=self.ends.device)
+        return torch.searchsorted(self.ends, row, right=True) + self.experts.start
 
 
 @dataclass(frozen=True)
@@ -61,25 +111,37 @@ class Paths:
         num_tokens, num_picked = self.expert_TK.shape
         return num_tokens, num_picked
 
-    def groups(self, dtype: torch.dtype, most_rows: int | None = None) -> list[PathGroup]:
+    def groups(self, dtype: torch.dtype, most_rows: int | None = None, are_joined: bool = False) -> list[PathGroup]:
         """The paths of each expert that has any, in groups.
 
         Args:
             dtype: what is computed in.
-            most_rows: where an expert's rows are cut; None takes all of them at once.
+            most_rows: of a group; None takes all of an expert's at once.
+            are_joined: whether several experts may share a group.
         """
         num_picked = self.expert_TK.shape[1]
         is_rounded = self.expert_TK.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
         order = torch.sort(self.expert_TK.reshape(-1), stable=True).indices
-        counts = torch.bincount(self.expert_TK.reshape(-1), minlength=self.num_experts).tolist()
-        groups, start = [], 0
-        for expert, count in enumerate(counts):
+        counts = torch.bincount(self.expert_TK.reshape(-1), minlength=self.num_experts)
+        groups = []
+        if are_joined and most_rows is not None and not is_rounded:
+            ends = counts.cumsum(0)
+            last = ends.tolist()
+            for first in range(0, len(order), most_rows):
+                paths = order[first : first + most_rows]
+                experts = range(bisect_right(last, first), bisect_left(last, first + len(paths)) + 1)
+                own_ends = (ends[experts.start : experts.stop] - first).clamp(max=len(paths)).to(torch.int32)
+                groups.append(PathGroup(experts, paths, paths // num_picked, own_ends if len(experts) > 1 else None))
+            return groups
+        start = 0
+        for expert, count in enumerate(counts.tolist()):
             for first in range(start, start + count, most_rows or max(count, 1)):
                 paths = order[first : min(first + (most_rows or count), start + count)]
-                num_real = len(paths)
-                if is_rounded:
-                    paths = F.pad(paths, (0, -num_real % row_step(num_real)))
-                groups.append(PathGroup(expert, paths, paths // num_picked, num_real))
+                is_real = None
+                if is_rounded and (more := -len(paths) % row_step(len(paths))):
+                    is_real = torch.arange(len(paths) + more, device=paths.device) < len(paths)
+                    paths = F.pad(paths, (0, more))
+                groups.append(PathGroup(range(expert, expert + 1), paths, paths // num_picked, None, is_real))
             start += count
         return groups
 
@@ -98,8 +160,7 @@ class _Gathered(torch.autograd.Function):
         ctx.groups = groups
         out = source.new_zeros(num_paths, weight.shape[1])
         for group in groups:
-            made = source.index_select(0, group.tokens) @ weight[group.expert].T
-            out[group.paths[: group.num_real]] = made[: group.num_real]
+            group.put(out, group.product(source.index_select(0, group.tokens), group.own(weight).mT))
         return out
 
     @staticmethod
@@ -109,12 +170,11 @@ class _Gathered(torch.autograd.Function):
         d_source = torch.zeros_like(source) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for group in ctx.groups:
-            rows = gradient.index_select(0, group.paths)
-            rows[group.num_real :] = 0
+            rows = group.zero_repeats(gradient.index_select(0, group.paths))
             if d_source is not None:
-                d_source.index_add_(0, group.tokens, rows @ weight[group.expert])
+                d_source.index_add_(0, group.tokens, group.product(rows, group.own(weight)))
             if d_weight is not None:
-                d_weight[group.expert].addmm_(rows.T, source.index_select(0, group.tokens))
+                group.add_outer(d_weight, rows, source.index_select(0, group.tokens))
         return d_source, d_weight, None, None
 
 
@@ -127,9 +187,8 @@ class _Summed(torch.autograd.Function):
         ctx.groups = groups
         out = source.new_zeros(num_tokens, weight.shape[1])
         for group in groups:
-            rows = source.index_select(0, group.paths)
-            rows[group.num_real :] = 0
-            out.index_add_(0, group.tokens, rows @ weight[group.expert].T)
+            rows = group.zero_repeats(source.index_select(0, group.paths))
+            out.index_add_(0, group.tokens, group.product(rows, group.own(weight).mT))
         return out
 
     @staticmethod
@@ -139,12 +198,11 @@ class _Summed(torch.autograd.Function):
         d_source = torch.zeros_like(source) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for group in ctx.groups:
-            rows = gradient.index_select(0, group.tokens)
-            rows[group.num_real :] = 0
+            rows = group.zero_repeats(gradient.index_select(0, group.tokens))
             if d_source is not None:
-                d_source[group.paths[: group.num_real]] = (rows @ weight[group.expert])[: group.num_real]
+                group.put(d_source, group.product(rows, group.own(weight)))
             if d_weight is not None:
-                d_weight[group.expert].addmm_(rows.T, source.index_select(0, group.paths))
+                group.add_outer(d_weight, rows, source.index_select(0, group.paths))
         return d_source, d_weight, None, None
 
 

@@ -77,7 +77,7 @@ class _Grouped(torch.autograd.Function):
         given = (x_TD, weight_S, up, down, up_bias, down_bias, low_Sr, b_up, a_down, b_down)
         b_up, b_down = _contiguous(b_up), _contiguous(b_down)
         for group in groups:
-            expert = group.expert
+            (expert,) = group.experts
             rows = x_TD.index_select(0, group.tokens) @ up[expert].T
             if low_Sr is not None and b_up is not None:
                 rows.addmm_(low_Sr.index_select(0, group.paths), b_up[expert].T)
@@ -114,7 +114,7 @@ class _Grouped(torch.autograd.Function):
         shared = maths.shared_parameters()
         d_shared = [torch.zeros_like(one) if one.requires_grad else None for one in shared]
         for group, rows in zip(ctx.groups, all_rows, strict=True):
-            expert, real, weight = group.expert, slice(group.num_real), group.weights(weight_S)
+            (expert,), weight = group.experts, group.weights(weight_S)
             replay = maths.replay(rows)
             value = replay.hidden.detach()
             d_made = d_out.index_select(0, group.tokens)
@@ -135,7 +135,7 @@ class _Grouped(torch.autograd.Function):
             by_weight = (value * d_hidden).sum(-1, dtype=d_weight.dtype)
             if down_bias is not None:
                 by_weight += (d_made @ down_bias[expert]).to(by_weight.dtype)
-            d_weight[group.paths[real]] = by_weight[real]
+            group.put(d_weight, by_weight)
             if d_down is not None:
                 d_down[expert].addmm_(weighted.T, value)
             if d_down_bias is not None:
@@ -149,7 +149,7 @@ class _Grouped(torch.autograd.Function):
             if d_up_bias is not None:
                 d_up_bias[expert] += d_rows.sum(0)
             if d_low is not None and b_up is not None:
-                d_low[group.paths[real]] = (d_rows @ b_up[expert])[real]
+                group.put(d_low, d_rows @ b_up[expert])
             if d_b_up is not None:
                 d_b_up[expert].addmm_(d_rows.T, low_Sr.index_select(0, group.paths))
             for total, one in zip(d_shared, found, strict=True):

@@ -82,6 +82,13 @@ class SharedBase:
     down_bias: Tensor | None = None
     dropout: float = 0.0
 
+    @property
+    def is_aligned(self) -> bool:
+        """Whether `grouped_mm` takes the pairs: rows of a multiple of 16 bytes."""
+        pairs = [pair for pair in (self.up_pair, self.down_pair) if pair is not None]
+        widths = [width for pair in pairs for width in (*pair.a.shape[1:], pair.b.shape[1])]
+        return all(width * self.up.element_size() % 16 == 0 for width in widths)
+
 
 def kept(shape: torch.Size, dropout: float, generator: torch.Generator, like: Tensor) -> Tensor:
     """Dropout's mask, scaled."""
@@ -123,8 +130,8 @@ class _Activated(torch.autograd.Function):
                 seen = hidden
                 if dropout[0]:
                     seen = hidden * kept(hidden.shape, dropout[0], generator, hidden)
-                made = (seen @ a_down[group.expert].T) * weight
-                low_down[group.paths[: group.num_real]] = made[: group.num_real].to(low_down.dtype)
+                made = group.product(seen, group.own(a_down).mT) * weight
+                group.put(low_down, made.to(low_down.dtype))
         return sum_TF.to(base_TR.dtype), low_down
 
     @staticmethod
@@ -140,7 +147,6 @@ class _Activated(torch.autograd.Function):
         shared = maths.shared_parameters()
         d_shared = [torch.zeros_like(one) if one.requires_grad else None for one in shared]
         for group in ctx.groups:
-            expert, real = group.expert, slice(group.num_real)
             weight = group.weights(weight_S)
             rows = _before_activation(group, base_TR, low_Sr, b_up, bias_ER)
             replay = maths.replay(rows)
@@ -148,24 +154,24 @@ class _Activated(torch.autograd.Function):
             d_hidden = d_sum.index_select(0, group.tokens)
             if d_a is not None:
                 d_made = d_low_down.index_select(0, group.paths)  # type: ignore[union-attr]
+                own, value_seen = group.own(a_down), value
                 if dropout:
                     mask = kept(value.shape, dropout, generator, value)
-                    d_hidden.add_((d_made @ a_down[expert]).mul_(mask))
+                    d_hidden.add_(group.product(d_made, own).mul_(mask))
                     value_seen = value * mask
                 else:
-                    d_hidden.addmm_(d_made, a_down[expert])
-                    value_seen = value
-                d_a[expert].addmm_((d_made * weight).to(value.dtype).T, value_seen)
-            d_weight[group.paths[real]] = (value * d_hidden).sum(-1, dtype=d_weight.dtype)[real]
+                    group.add_product(d_hidden, d_made, own)
+                group.add_outer(d_a, (d_made * weight).to(value.dtype), value_seen)
+            group.put(d_weight, (value * d_hidden).sum(-1, dtype=d_weight.dtype))
             d_hidden = (d_hidden * weight).to(value.dtype)
             d_rows, found = replay.backward(d_hidden, shared)
             d_base.index_add_(0, group.tokens, d_rows.to(wide))
             if d_low is not None and d_b is not None:
                 assert b_up is not None
-                d_low[group.paths[real]] = (d_rows @ b_up[expert])[real]
-                d_b[expert].addmm_(d_rows.T, low_Sr.index_select(0, group.paths))
+                group.put(d_low, group.product(d_rows, group.own(b_up)))
+                group.add_outer(d_b, d_rows, low_Sr.index_select(0, group.paths))
             if d_bias is not None:
-                d_bias[expert] += d_rows.sum(0)
+                group.add_sum(d_bias, d_rows)
             for total, one in zip(d_shared, found, strict=True):
                 if total is not None and one is not None:
                     total += one
@@ -190,8 +196,10 @@ def _before_activation(
     """What a group's paths give to their activation, (rows, R), in memory of its own."""
     rows = base_TR.index_select(0, group.tokens)
     if low_Sr is not None and b_up is not None:
-        rows.addmm_(low_Sr.index_select(0, group.paths), b_up[group.expert].T)
-    return rows if bias_ER is None else rows.add_(bias_ER[group.expert])
+        group.add_product(rows, low_Sr.index_select(0, group.paths), group.own(b_up).mT)
+    if bias_ER is not None:
+        group.add_to_rows(rows, bias_ER)
+    return rows
 
 
 def _activated_masked(
@@ -260,7 +268,7 @@ def run_shared_base(base: SharedBase, x_TD: Tensor, expert_TK: Tensor, weight_TK
     dtype, paths = base_TR.dtype, Paths(expert_TK, base.num_experts)
     masked = is_masked(base, x_TD.device)
     most_rows = max(BLOCK_ROWS, BLOCK_NUMBERS // base_TR.shape[1] // BLOCK_ROWS * BLOCK_ROWS)
-    groups = None if masked else paths.groups(dtype, most_rows)
+    groups = None if masked else paths.groups(dtype, most_rows, are_joined=base.is_aligned)
 
     def grouped(pair: LowRank) -> list[PathGroup] | None:
         return None if masked or pair.is_stacked else groups

@@ -45,15 +45,27 @@ def test_the_kernel_is_the_loop(kind, has_pairs):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
 
 
-def test_half_precision_knows_few_row_counts():
-    """Whatever the routing, products have one of a few numbers of rows."""
+@pytest.mark.parametrize("are_joined", [False, True], ids=["apart", "joined"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_path_is_in_one_group_with_its_expert(dtype, are_joined):
+    """Half precision knows few numbers of rows, whatever the routing."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        expert = torch.rand(300, 8, generator=generator).topk(2).indices
-        groups = Paths(expert, 8).groups(torch.bfloat16, most_rows=64)
-        assert {len(group.paths) for group in groups} <= {16, 32, 48, 64}
-        real = torch.cat([group.paths[: group.num_real] for group in groups])
+        expert = (torch.rand(300, 24, generator=generator) + 0.3 * torch.arange(24) / 24).topk(2).indices
+        groups = Paths(expert, 24).groups(dtype, most_rows=64, are_joined=are_joined)
+        real = torch.cat([one.paths if one.is_real is None else one.paths[one.is_real] for one in groups])
         assert torch.equal(real.sort().values, torch.arange(600))
+        for group in groups:
+            of_rows = expert.flatten()[group.paths]
+            ends = group.paths.new_tensor([len(group.paths)]) if group.ends is None else group.ends.long()
+            counts = torch.diff(ends, prepend=ends.new_zeros(1))
+            is_right = of_rows == torch.tensor(group.experts).repeat_interleave(counts)
+            assert (is_right if group.is_real is None else is_right[group.is_real]).all()
+            assert torch.equal(group.tokens, group.paths // 2)
+        if dtype is torch.bfloat16:
+            assert {len(group.paths) for group in groups} <= {16, 32, 48, 64}
+        elif are_joined:
+            assert {len(group.paths) for group in groups} == {64, 600 % 64}
 
 
 def test_rounding_adds_little_and_leaves_few_numbers():
