@@ -43,5 +43,5 @@ def run_finetune(
     from .train import finetune
 
     register()
-    folder = finetune(parse_recipe(recipe, overrides or ()))
+    folder = finetune(parse_recipe(recipe, overrides or ()), say=typer.echo)
     typer.echo(f"{folder}: done; settings in {SETTINGS_NAME}")

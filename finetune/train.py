@@ -33,6 +33,7 @@ from .checkpoints import (
 from .collator import ChatCollator, check_rows
 from .data import load_chat_data
 from .loss_follower import follow_trainer
+from .planning import RunMemory, explained
 from .settings import SETTINGS_NAME
 
 logger = logging.getLogger(__name__)
@@ -221,15 +222,20 @@ def count_parameters(model: Any) -> tuple[int, int]:
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
-def finetune(args: FinetuneArguments) -> Path:
+def finetune(args: FinetuneArguments, say: Callable[[str], None] | None = None) -> Path:
     """Runs a recipe and writes its result to `args.output_dir`.
+
+    Args:
+        args: the recipe.
+        say: takes a line on the memory that a step will take, before the weights are read; None estimates none.
 
     Returns:
         The folder: a full checkpoint for `align`, an adapter for `lora` (with `merged/` in it if asked), the processor
         and `finetune_settings.yaml`, beside the Trainer's own checkpoints and logs.
 
     Raises:
-        ValueError: for whatever the user can mend, before training where it can be known.
+        ValueError: for whatever the user can mend, before training where it can be known; and where memory runs out,
+            saying what took it.
     """
     if args.process_index == 0:  # other processes may find what this one has begun to write
         check_output_folder(args)
@@ -241,9 +247,22 @@ def finetune(args: FinetuneArguments) -> Path:
     processor = load_processor(args.model, config, **args.hub)
     train, test = load_datasets(args)
     check_datasets(args, processor, train, test)
-    folder, checkpoint = args.folder, resume_point(args)
+    folder = args.folder
     make_folder(folder)
+    memory = RunMemory(config, processor, train, args)
+    if say is not None and args.process_index == 0:
+        say(memory.before())
+    with explained(memory):
+        _train(args, processor, train, test)
+    if args.method == "lora" and args.merge and args.process_index == 0:
+        shutil.rmtree(folder / MERGED, ignore_errors=True)
+        merge_adapter(folder, folder / MERGED, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    return folder
 
+
+def _train(args: FinetuneArguments, processor: Any, train: Dataset, test: Dataset | None) -> None:
+    """Reads the weights, trains, and writes what was tuned."""
+    folder, checkpoint = args.folder, resume_point(args)
     set_seed(args.seed)
     model = load_base(args.model, args.dtype, args.experts_implementation, **args.hub)
     if args.process_index == 0:
@@ -260,7 +279,3 @@ def finetune(args: FinetuneArguments) -> Path:
         trainer.save_metrics("eval", trainer.evaluate())
         if trainer.is_world_process_zero():
             write_card(folder)
-    if args.method == "lora" and args.merge and trainer.is_world_process_zero():
-        shutil.rmtree(folder / MERGED, ignore_errors=True)
-        merge_adapter(folder, folder / MERGED, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
-    return folder

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .grouped_experts import full_experts, run_grouped
+from .hollow_tensors import is_hollow
 from .shared_base import LowRank, SharedBase, run_shared_base
 
 SAMPLED = 8  # numbers per expert that are compared at every pass
@@ -25,10 +26,10 @@ def are_copies(experts: Any) -> bool:
     """Whether experts are copies of one another that nothing trains.
 
     They are compared once, and again when the weights are replaced or written. What is written past autograd's
-    notice (`tensor.data`) is noticed by a sample that is compared every time.
+    notice (`tensor.data`) is noticed by a sample that is compared every time. Weights without numbers are none.
     """
     tensors = [getattr(experts, name) for name in experts.stacks]
-    if experts.num_experts == 1 or any(tensor.requires_grad for tensor in tensors):
+    if experts.num_experts == 1 or any(tensor.requires_grad or is_hollow(tensor) for tensor in tensors):
         return False
     for tensor in tensors:
         sample = tensor[:, -1, :SAMPLED]

@@ -20,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from .adapted_experts import run_pairs
 from .grouped_experts import full_experts, run_grouped
+from .hollow_tensors import is_hollow
 from .shared_base import LowRank
 
 FEW_TOKENS = 4  # up to here there are few row counts, which oneDNN has soon seen
@@ -34,11 +35,18 @@ def is_plain(experts: Any) -> bool:
     if experts._is_expert_parallel or is_parametrized(experts):
         return False
     # A sharded or quantized tensor is of a class of its own.
-    return all(type(getattr(experts, name).data) is Tensor for name in experts.stacks)
+    tensors = [getattr(experts, name).data for name in experts.stacks]
+    return all(type(tensor) is Tensor or is_hollow(tensor) for tensor in tensors)
 
 
 def takes_rounded(experts: Any, hidden_states: Tensor, top_k_index: Tensor) -> bool:
-    """Whether the host's kernel would be slow for these tokens, (T, D), and experts, (T, K)."""
+    """Whether the host's kernel would be slow for these tokens, (T, D), and experts, (T, K).
+
+    Without numbers it always gives way: torch's `grouped_mm` then takes half precision only (2.13), and the plain loop
+    asks which tokens go where.
+    """
+    if is_hollow(hidden_states):
+        return is_plain(experts)
     implementation = experts.config._experts_implementation
     if hidden_states.device.type != "cpu" or implementation not in ("grouped_mm", "batched_mm"):
         return False

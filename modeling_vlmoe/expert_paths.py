@@ -8,12 +8,16 @@ Shapes: T tokens, K experts per token, S = T K paths (path t K + k is token t's 
 """
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .hollow_tensors import is_hollow
 
 # In half precision on a CPU: up to how many rows a group is rounded up to a multiple of how many. Finer for few, so
 # that little is added; coarser for many, so that there are few numbers in all.
@@ -122,19 +126,12 @@ class Paths:
         num_picked = self.expert_TK.shape[1]
         is_rounded = self.expert_TK.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
         order = torch.sort(self.expert_TK.reshape(-1), stable=True).indices
-        counts = torch.bincount(self.expert_TK.reshape(-1), minlength=self.num_experts)
-        groups = []
-        if are_joined and most_rows is not None and not is_rounded:
-            ends = counts.cumsum(0)
-            last = ends.tolist()
-            for first in range(0, len(order), most_rows):
-                paths = order[first : first + most_rows]
-                experts = range(bisect_right(last, first), bisect_left(last, first + len(paths)) + 1)
-                own_ends = (ends[experts.start : experts.stop] - first).clamp(max=len(paths)).to(torch.int32)
-                groups.append(PathGroup(experts, paths, paths // num_picked, own_ends if len(experts) > 1 else None))
-            return groups
-        start = 0
-        for expert, count in enumerate(counts.tolist()):
+        counts, groups, start = count_paths(self.expert_TK, self.num_experts), [], 0
+        if is_hollow(self.expert_TK) and most_rows is not None:  # of groups that are cut the largest stands for all
+            counts = [min(self.expert_TK.numel() if are_joined else len(self.expert_TK), most_rows)]
+        elif are_joined and most_rows is not None and not is_rounded:
+            return list(self._joined(order, list(accumulate(counts)), most_rows))
+        for expert, count in enumerate(counts):
             for first in range(start, start + count, most_rows or max(count, 1)):
                 paths = order[first : min(first + (most_rows or count), start + count)]
                 is_real = None
@@ -144,6 +141,23 @@ class Paths:
                 groups.append(PathGroup(range(expert, expert + 1), paths, paths // num_picked, None, is_real))
             start += count
         return groups
+
+    def _joined(self, order: Tensor, ends: list[int], most_rows: int) -> Iterator[PathGroup]:
+        """Groups of the paths in this order, whose experts' paths end there."""
+        for first in range(0, len(order), most_rows):
+            paths = order[first : first + most_rows]
+            experts = range(bisect_right(ends, first), bisect_left(ends, first + len(paths)) + 1)
+            own = [min(ends[expert] - first, len(paths)) for expert in experts]
+            own_ends = torch.tensor(own, dtype=torch.int32, device=order.device) if len(own) > 1 else None
+            yield PathGroup(experts, paths, paths // self.expert_TK.shape[1], own_ends)
+
+
+def count_paths(expert_TK: Tensor, num_experts: int) -> list[int]:
+    """How many paths each expert has, of chosen experts (T, K); all have as many where the choice has no numbers."""
+    if is_hollow(expert_TK):
+        each, more = divmod(expert_TK.numel(), num_experts)
+        return [each + (expert < more) for expert in range(num_experts)]
+    return torch.bincount(expert_TK.reshape(-1), minlength=num_experts).tolist()
 
 
 def row_step(num_rows: int) -> int:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .hollow_tensors import is_hollow
+
 logger = logging.get_logger(__name__)
 
 
@@ -93,7 +95,8 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        warn_unseen(ctx.loss_scale)
+        if not is_hollow(gradient):
+            warn_unseen(ctx.loss_scale)
         scale = ctx.loss_scale.to(device=gradient.device, dtype=torch.float32)
         return gradient, torch.where(scale == UNSEEN, torch.ones_like(scale), scale), None
 

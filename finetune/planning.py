@@ -1,0 +1,174 @@
+"""Memory plans for a user: of a recipe that is thought about, of a run that begins, and of one that ran out of it."""
+
+import errno
+import gc
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from modeling_vlmoe.conversion.parents import BROKEN
+
+from .arguments import FinetuneArguments, parse_settings, read_overrides, read_recipe
+from .checkpoints import load_processor
+from .hollow_models import load_any_config
+from .memory_plan import RESERVE, MemoryPlan, estimate
+from .plan_batch import example_batch, largest_batch
+from .plan_command import NOT_NEEDED
+from .plan_words import fit, gigabytes, list_remedies, one_line, table
+from .remedies import MakeBatch, find_remedies, of_fewer_rows, three_remedies
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_LENGTH = 2048
+# What torch says when a CPU has no more memory, on Linux and on Windows: no class of errors of its own (2.13).
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def read_plan_recipe(model: str, recipe: str, words: list[str]) -> FinetuneArguments:
+    """The arguments of a recipe that is only planned with: without data and output folder.
+
+    Raises:
+        ValueError: naming the key or the value that is wrong.
+    """
+    values = NOT_NEEDED | read_recipe(recipe) | {"report_to": "none"} | read_overrides(words) | {"model": model}
+    return parse_settings(values, f"Recipe {recipe}")
+
+
+def plan_recipe(
+    model: str,
+    recipe: str,
+    words: list[str],
+    length: int | None,
+    num_images: int,
+    image_size: tuple[int, int],
+    capacity: int | None,
+) -> Iterator[str]:
+    """What `vlmoe plan` prints: the parts, where it fits, and where it does not fit or nobody said on what, what
+    would take less.
+
+    Args:
+        model: a folder or a Hub id.
+        recipe: a YAML file, or the name of a shipped recipe.
+        words: `key=value` settings.
+        length: tokens of a row; None takes the recipe's `max_length`.
+        num_images: images of a row.
+        image_size: their width and height in pixels.
+        capacity: bytes of the GPU; None where none is named.
+
+    Raises:
+        ValueError: for what the user can mend.
+    """
+    args = read_plan_recipe(model, recipe, words)
+    config = load_any_config(args)
+    processor = load_processor(model, config, **args.hub)
+    length = length or args.max_length or DEFAULT_LENGTH
+
+    def make_batch(num_rows: int) -> Any:
+        return example_batch(processor, num_rows, length, num_images, image_size)
+
+    plan = estimate(config, args, make_batch(args.per_device_train_batch_size))
+    images = f"{num_images} image{'s' if num_images != 1 else ''} each"
+    yield f"{model}, {args.method}: {plan.num_rows} x {plan.length} tokens, {images}; {plan.num_trained:,} trained"
+    yield table(plan)
+    yield fit(plan, capacity)
+    if capacity is not None and plan.fits(capacity):
+        return
+    yield "With less memory:"
+    for remedy in find_remedies(config, args, make_batch, plan):
+        yield list_remedies([remedy], capacity)
+
+
+def device_bytes(args: FinetuneArguments) -> int | None:
+    """The memory of the GPU that a run is on; None on a CPU."""
+    if args.use_cpu or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(args.device).total_memory
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, of a GPU or of the machine."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+class RunMemory:
+    """What a run's steps take, by the largest batch of its data.
+
+    Args:
+        config: the model's.
+        processor: the model's.
+        rows: what is trained on.
+        args: the recipe.
+    """
+
+    def __init__(self, config: Any, processor: Any, rows: Any, args: FinetuneArguments):
+        self.config, self.args = config, args
+        self.make_largest = partial(largest_batch, processor, rows, args.per_device_train_batch_size)
+
+    def plan(self) -> tuple[MemoryPlan, MakeBatch]:
+        """The plan, and what gives batches of fewer rows."""
+        batch = self.make_largest()
+        num_rows = len(batch["input_ids"])
+        return estimate(self.config, self.args, batch), partial(of_fewer_rows, batch, num_rows)
+
+    def before(self) -> str:
+        """One line for before the start; where nothing can be said, why."""
+        try:
+            plan, _ = self.plan()
+        except BROKEN as error:  # a run is not to fail for want of an estimate
+            return f"Memory: no estimate, because {error}"
+        capacity = device_bytes(self.args)
+        if capacity is None or plan.fits(capacity):
+            return one_line(plan)
+        return f"{one_line(plan)} {fit(plan, capacity)} `vlmoe plan` says what would."
+
+    def after(self, said: str) -> str:
+        """What took the memory, and three ways to do with less.
+
+        Args:
+            said: what torch said.
+        """
+        head = f"Memory ran out: {said}"
+        try:
+            plan, make_batch = self.plan()
+            capacity = device_bytes(self.args)
+            remedies = three_remedies([*find_remedies(self.config, self.args, make_batch, plan)], capacity)
+        except (MemoryError, *BROKEN) as error:
+            if is_out_of_memory(error):
+                return f"{head}\nThere is not even enough to estimate what took it: ask `vlmoe plan` in a new process."
+            return f"{head}\nThere is no estimate of what took it, because {error}"
+        needed = f"A step of {plan.num_rows} x {plan.length} tokens takes {gigabytes(plan.peak)}"
+        beside = f", and a GPU's driver {gigabytes(RESERVE)}" if capacity else ""
+        ways = list_remedies(remedies, capacity)
+        return (
+            f"{head}\n{needed}{beside}:\n{table(plan)}\nWith less memory:\n{ways or '  shorter rows, smaller images'}"
+        )
+
+
+@contextmanager
+def explained(memory: RunMemory) -> Iterator[None]:
+    """Within it an error that says that memory has run out becomes one that says what took it.
+
+    Raises:
+        ValueError: in its place.
+    """
+    try:
+        yield
+        return
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        traceback.clear_frames(error.__traceback__)  # they hold the model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise ValueError(memory.after(said))
