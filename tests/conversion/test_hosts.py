@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
 from modeling_vlmoe.conversion import ProofError, UpcycleArguments, upcycle
@@ -339,6 +340,39 @@ def test_a_processor_that_no_file_names_is_named(tmp_path):
         file.write_text(json.dumps(values))
     out = upcycle(UpcycleArguments(vlm_model=str(dense), output_dir=str(tmp_path / "out"), text_experts=2))
     assert type(AutoProcessor.from_pretrained(dense)) is type(AutoProcessor.from_pretrained(out))
+
+
+@pytest.mark.parametrize("is_apart", [False, True], ids=["processor_config", "preprocessor_config"])
+def test_raises_when_no_file_names_the_image_processor(tmp_path, is_apart, leaves_nothing):
+    """transformers finds it by the dense model's type; what is written has another."""
+    dense = hosts.save(tmp_path / "dense", "llava_next")
+    values = json.loads((dense / "processor_config.json").read_text())
+    values["image_processor"].pop("image_processor_type")
+    named = "processor_config.json, under 'image_processor',"
+    if is_apart:
+        named = "preprocessor_config.json"
+        (dense / named).write_text(json.dumps(values.pop("image_processor")))
+    (dense / "processor_config.json").write_text(json.dumps(values))
+    message = f"{dense}/{named} has no image_processor_type.*Add \"image_processor_type\": \"LlavaNextImageProcessor\""
+    with leaves_nothing(), pytest.raises(ValueError, match=message):
+        upcycle(UpcycleArguments(vlm_model=str(dense), output_dir=str(tmp_path / "out"), text_experts=2))
+
+
+def test_raises_when_an_mlp_does_not_run_in_the_dense_model(upcycled, tmp_path, monkeypatch, leaves_nothing):
+    dense, _ = upcycled("llava_next")
+    plan = plan_upcycle(UpcycleArguments(vlm_model=str(dense), text_experts=4))
+    monkeypatch.setattr(MistralDecoderLayer, "forward", skip_the_second(MistralDecoderLayer.forward))
+    with leaves_nothing(), pytest.raises(ProofError, match=r"layers\.1\.mlp does not run in the dense model .* Leave"):
+        write_proved(plan, tmp_path / "out", force=False)
+
+
+def skip_the_second(forward):
+    def maybe(layer, hidden_states, *args, **kwargs):
+        if layer.self_attn.layer_idx == 1:
+            return hidden_states
+        return forward(layer, hidden_states, *args, **kwargs)
+
+    return maybe
 
 
 def test_raises_when_a_hosts_configuration_is_taken_for_a_composites(upcycled):
