@@ -1,6 +1,7 @@
 """The router losses of hosts that are sparse in place reach their routers, whole and once, under Trainer and TRL.
 
-Qwen2.5-VL says that its loss is a mean over each micro-batch (`accepts_loss_kwargs`), SmolVLM counts the step's targets.
+Qwen2.5-VL says that its loss is a mean over each micro-batch (`accepts_loss_kwargs`), SmolVLM counts the step's
+targets.
 """
 
 from functools import partial

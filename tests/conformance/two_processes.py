@@ -1,4 +1,5 @@
-"""Run by `torchrun --nproc_per_node 2 two_processes.py SPREAD FOLDER [--broken|--host] [TRAINER ...]`: a JSON line per cell.
+"""Run by `torchrun --nproc_per_node 2 two_processes.py SPREAD FOLDER [--broken|--host] [TRAINER ...]`: a JSON line
+per cell.
 
 SPREAD is `ddp` or `fsdp` (the host's own FSDP2; accelerate's is DDP on a CPU). FOLDER holds the tiny model.
 With `--broken` a mistake is made that the cells must show; with `--host` FOLDER holds a host's VLM, sparse in place,

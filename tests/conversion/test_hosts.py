@@ -353,7 +353,7 @@ def test_raises_when_no_file_names_the_image_processor(tmp_path, is_apart, leave
         named = "preprocessor_config.json"
         (dense / named).write_text(json.dumps(values.pop("image_processor")))
     (dense / "processor_config.json").write_text(json.dumps(values))
-    message = f"{dense}/{named} has no image_processor_type.*Add \"image_processor_type\": \"LlavaNextImageProcessor\""
+    message = f'{dense}/{named} has no image_processor_type.*Add "image_processor_type": "LlavaNextImageProcessor"'
     with leaves_nothing(), pytest.raises(ValueError, match=message):
         upcycle(UpcycleArguments(vlm_model=str(dense), output_dir=str(tmp_path / "out"), text_experts=2))
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.models import gap
 from tests.modeling_vlmoe.test_in_place import given, model
+from tests.models import gap
 
 SLOW = pytest.mark.slow
 # Of a family: whether there is an image, and whether the dense host compiles in one graph with it (Qwen2.5-VL reads

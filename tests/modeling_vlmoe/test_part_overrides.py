@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from modeling_vlmoe import VLMoEForConditionalGeneration
-from tests.models import sparse_model
 from tests.modeling_vlmoe.test_in_place import model
+from tests.models import sparse_model
 
 VISION_LAYERS = {"composite": [1, 2], "hosted": [2, 3]}
 
@@ -65,7 +65,7 @@ def test_raises_when_a_dense_part_is_to_have_experts(tmp_path):
     for made in (sparse_model(vision_moe=None), model("qwen2_5_vl", vision_moe=None)):
         folder = tmp_path / type(made).__name__
         made.save_pretrained(folder)
-        with pytest.raises(ValueError, match="vision_moe is given, but in .* the vision part is dense"):
+        with pytest.raises(ValueError, match=r"vision_moe is given, but in .* the vision part is dense"):
             AutoModelForImageTextToText.from_pretrained(folder, vision_moe={"num_experts": 4})
 
 
