@@ -11,14 +11,17 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
+from modeling_vlmoe.cli import describe_result
 from modeling_vlmoe.conversion import ProofError, UpcycleArguments, upcycle
+from modeling_vlmoe.conversion.host_planning import other_vits, plan_in_place
 from modeling_vlmoe.conversion.host_processors import load_processor, processor_files
-from modeling_vlmoe.conversion.planning import plan_upcycle
+from modeling_vlmoe.conversion.parents import open_parents
+from modeling_vlmoe.conversion.planning import asked_experts, plan_upcycle
 from modeling_vlmoe.conversion.upcycle import preview, write_proved
 from modeling_vlmoe.push_checks import check_folder
 from modeling_vlmoe.quantization import quantize_experts
 from modeling_vlmoe.towers import sparse_blocks
-from tests import hosts
+from tests import hosts, tiny
 from tests.models import gap
 
 LIMIT = 1e-5
@@ -226,6 +229,43 @@ def test_it_can_be_pushed_and_packed(upcycled):
     packed = quantize_experts(AutoModelForImageTextToText.from_pretrained(sparse), bits=8)
     in_llm = [block for path, block in sparse_blocks(packed) if "text_model" in path]
     assert [is_parametrized(block.experts) for block in in_llm] == [True] * 3
+
+
+def save_two_vits(folder):
+    """Video-LLaVA, which has a ViT for pictures and one for videos."""
+    vision = tiny.VISION_FIELDS | {"model_type": "clip_vision_model"}
+    text = tiny.TEXT_FIELDS | {"model_type": "llama"}
+    config = AutoConfig.for_model("video_llava", text_config=text, vision_config=vision)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_second_vit_that_stays_dense_is_named(upcycled, tmp_path):
+    """In what is planned, in the receipt, and where the command says what it wrote."""
+    folder = save_two_vits(tmp_path / "dense")
+    args = UpcycleArguments(vlm_model=str(folder), vision_experts=4)
+    parent = open_parents(args)["vlm"]
+    plan = plan_in_place(args, asked_experts(args), parent, (hosts.processor("llava_next"), None))
+    named = ["model.video_tower (CLIPVisionModel)"]
+    assert plan.config.vision_moe.num_experts == 4
+    assert plan.describe_images()["dense_vits"] == named
+    assert plan.remarks == [f"stays dense: {named[0]}, beside the ViT with experts"]
+    args = UpcycleArguments(vlm_model=str(folder), text_experts=4)  # nothing was asked of any ViT
+    assert plan_in_place(args, asked_experts(args), parent, (plan.processor, None)).remarks == []
+
+    receipt = json.loads((upcycled("smolvlm")[1] / "upcycle_receipt.json").read_text())
+    assert receipt["settings"]["dense_vits"] == []
+    receipt["settings"]["dense_vits"] = named
+    (tmp_path / "upcycle_receipt.json").write_text(json.dumps(receipt))
+    assert f"stays dense: {named[0]}" in describe_result(tmp_path)
+
+
+def test_of_two_vits_in_one_vlm_each_is_told():
+    with torch.device("meta"):
+        hybrid = AutoModelForImageTextToText.from_config(AutoConfig.for_model("deepseek_vl_hybrid"))
+    assert other_vits(hybrid) == ["model.high_res_vision_model (SamVisionModel)"]
+    for family in FAMILIES:
+        assert other_vits(hosts.model(family)) == [], family
 
 
 # The proof can fail --------------------------------------------------------------------------

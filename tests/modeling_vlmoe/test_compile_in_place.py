@@ -7,19 +7,19 @@ from tests.modeling_vlmoe.test_in_place import given, model
 from tests.models import gap
 
 SLOW = pytest.mark.slow
-# Of a family: whether there is an image, and whether the dense host compiles in one graph with it (Qwen2.5-VL reads
-# its patches' windows off a tensor).
+# Of a family: whether there is an image, whether the dense host compiles in one graph then (Qwen2.5-VL reads its
+# patches' windows off a tensor), and a backend (inductor fails on the patch convolution of a dense SmolVLM: torch 2.13).
 CASES = [
-    ("qwen2_5_vl", False, True),
-    pytest.param("qwen2_5_vl", True, False, marks=SLOW),
-    pytest.param("smolvlm", True, True, marks=SLOW),
+    ("qwen2_5_vl", False, True, "aot_eager"),
+    pytest.param("qwen2_5_vl", False, True, "inductor", marks=SLOW),
+    pytest.param("qwen2_5_vl", True, False, "inductor", marks=SLOW),
+    pytest.param("smolvlm", True, True, "aot_eager", marks=SLOW),
 ]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
 @pytest.mark.parametrize("training", [pytest.param(False, marks=SLOW), True], ids=["inference", "training"])
-@pytest.mark.parametrize(("family", "has_image", "is_whole"), CASES)
-def test_compiles_where_the_dense_host_does(family, has_image, is_whole, training, backend):
+@pytest.mark.parametrize(("family", "has_image", "is_whole", "backend"), CASES)
+def test_compiles_where_the_dense_host_does(family, has_image, is_whole, backend, training):
     made, inputs = model(family).train(training), given(family, (1,))
     if not has_image:
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
