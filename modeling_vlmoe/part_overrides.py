@@ -25,7 +25,7 @@ SHAPING = (
     "router_type",
     "expert_type",
 )
-REMEDY = "Weights are loaded as they were made: leave it out; `vlmoe upcycle` makes other experts of a dense model."
+OTHERWISE = "`vlmoe upcycle` makes other experts of a dense model."
 
 
 def stored_values(name: Any, config: Any, **kwargs: Any) -> dict[str, Any] | None:
@@ -70,7 +70,7 @@ def check_part(part: str, asked: Any, stored: Any, name: Any) -> None:
     """
     if (asked is None) != (stored is None):
         given = "None" if asked is None else "given"
-        raise ValueError(f"{part}_moe is {given}, but in {name} {describe(part, stored)}. {REMEDY}")
+        raise ValueError(f"{part}_moe is {given}, but in {name} {describe(part, stored)}. Leave it out; {OTHERWISE}")
     if asked is None:
         return
     for field in SHAPING:
@@ -78,7 +78,8 @@ def check_part(part: str, asked: Any, stored: Any, name: Any) -> None:
         # None stands for what is resolved when the model is built.
         if given is not None and found is not None and given != found:
             raise ValueError(
-                f"{part}_moe.{field} is {given!r}, but in {name} it is {found!r} ({describe(part, stored)}). {REMEDY}"
+                f"{part}_moe.{field} is {given!r}, but in {name} it is {found!r} ({describe(part, stored)}). "
+                f"Leave it out: weights are loaded as they were made. {OTHERWISE}"
             )
 
 

@@ -8,7 +8,7 @@ from tests.models import gap
 
 SLOW = pytest.mark.slow
 # Of a family: whether there is an image, whether the dense host compiles in one graph then (Qwen2.5-VL reads its
-# patches' windows off a tensor), and a backend (inductor fails on the patch convolution of a dense SmolVLM: torch 2.13).
+# patches' windows off a tensor), and a backend (inductor fails on a dense SmolVLM's patch convolution: torch 2.13).
 CASES = [
     ("qwen2_5_vl", False, True, "aot_eager"),
     pytest.param("qwen2_5_vl", False, True, "inductor", marks=SLOW),
