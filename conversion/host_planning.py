@@ -2,18 +2,21 @@
 keeps its name.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from modeling_vlmoe import VLMoEForConditionalGeneration
 from modeling_vlmoe.configuration_vlmoe import VLMoEConfig
 from modeling_vlmoe.modeling_in_place import sparse_class_of
+from modeling_vlmoe.parts import text_root, vision_root
 
 from .arguments import NATIVE, UpcycleArguments
 from .dense_tensors import DenseTensors
 from .host_parents import host_values
-from .host_processors import copy_processor, from_parent, name_class
+from .host_processors import check_image_processor_named, copy_processor, from_parent, name_class
 from .mapping import DenseTensor, map_tensors, sparse_mlps
 from .meta_models import build_vlm
 from .native_tensors import find_native_tensors
@@ -22,6 +25,8 @@ from .plans import UpcyclePlan, choose_drawing, choose_dtype, load_generation
 
 # Settings of the composite, whose image path we build; a host's own is as it was trained.
 COMPOSITE_OPTIONS = ("vision_feature_layer", "vision_feature_select_strategy")
+# What ViTs call what they are given.
+PIXELS = ("pixel_values", "pixel_values_videos")
 
 
 @dataclass
@@ -30,9 +35,15 @@ class InPlacePlan(UpcyclePlan):
 
     Attributes:
         not_read: What the processor cannot read on this machine, and so is not proved; None where it reads all.
+        dense_vits: ViTs beside the one whose experts were asked for, which stay dense.
     """
 
     not_read: str | None = None
+    dense_vits: list[str] = field(default_factory=list)
+
+    @property
+    def remarks(self) -> list[str]:
+        return [f"stays dense: {', '.join(self.dense_vits)}, beside the ViT with experts"] if self.dense_vits else []
 
     def write_processor(self, folder: Path) -> None:
         """The host's processor, untouched, but for the name of its class where its files do not have it."""
@@ -45,6 +56,7 @@ class InPlacePlan(UpcyclePlan):
             "body_model_type": self.config.body_model_type,
             "processor": type(self.processor).__name__,
             "not_proved": self.not_read,
+            "dense_vits": self.dense_vits,
         }
 
 
@@ -87,6 +99,21 @@ def sub_configs(config: Any) -> list[Any]:
     return [config, *(one for one in inner if one is not None)]
 
 
+def other_vits(model: Any) -> list[str]:
+    """The ViTs of a VLM beside the one that may carry experts, by path and class: Video-LLaVA's for videos,
+    DeepSeek-VL's for high resolution.
+    """
+    known = [text_root(model), vision_root(model)]
+    inside = {module for one in known if one is not None for module in one.modules()}
+    found: list[str] = []
+    for path, module in model.named_modules():
+        is_vit = isinstance(module, PreTrainedModel) and module.main_input_name in PIXELS
+        if is_vit and module not in inside and not set(known) & set(module.modules()):
+            found.append(f"{path} ({type(module).__name__})")
+            inside |= set(module.modules())
+    return found
+
+
 def plan_in_place(
     args: UpcycleArguments,
     asked: dict[str, dict[str, Any]],
@@ -109,6 +136,7 @@ def plan_in_place(
     dense: dict[str, DenseTensors] = {parent.role: tensors}
     model: Any = tensors.model
     loaded, not_read = from_parent(parent) if processor is None else processor
+    check_image_processor_named(parent.folder, loaded)
     config = sparse_config(parent, asked)
     generation = load_generation(parent, parent.config)
     sparse = build_vlm(config)
@@ -134,4 +162,5 @@ def plan_in_place(
         drawing=choose_drawing(args),
         dtype=dtype,
         not_read=not_read,
+        dense_vits=other_vits(model) if "vision" in asked else [],
     )

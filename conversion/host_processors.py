@@ -36,7 +36,9 @@ RESULTS = (EVALUATION_NAME, EVAL_RESULTS_NAME, TRAINER_STATE_NAME, "train_result
 OTHERS = {CONFIG_NAME, GENERATION_CONFIG_NAME, ADAPTER_CONFIG_NAME, *CARRIED, *RESULTS}
 WEIGHTS = (".safetensors", ".index.json")
 TEMPLATES = "additional_chat_templates"
-VIDEO = "video_processor"
+IMAGE, VIDEO = "image_processor", "video_processor"
+# Fields that tell the class of an image processor, first the one that transformers writes.
+IMAGE_CLASS = ("image_processor_type", "feature_extractor_type", "auto_map")
 PROCESSOR_CLASS = "processor_class"
 # Files that may name it.
 NAMING = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, TOKENIZER_CONFIG_FILE)
@@ -140,6 +142,31 @@ def name_class(folder: Path, processor: Any) -> None:
         file = folder / PROCESSOR_NAME
         values = read_json(file) if file.is_file() else {}
         file.write_text(json.dumps(values | {PROCESSOR_CLASS: type(processor).__name__}, indent=2) + "\n")
+
+
+def check_image_processor_named(folder: Path, processor: Any) -> None:
+    """Refuses a processor whose files do not name the class of their image processor: transformers then goes by the
+    model's type, which becomes another.
+
+    Args:
+        folder: Where its files are.
+        processor: What was loaded from there.
+
+    Raises:
+        ValueError: naming the file and the field.
+    """
+    names = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
+    files = {name: read_json(folder / name) for name in names if (folder / name).is_file()}
+    inside = files.get(PROCESSOR_NAME, {}).get(IMAGE)
+    file, values = (PROCESSOR_NAME, inside) if inside else (IMAGE_PROCESSOR_NAME, files.get(IMAGE_PROCESSOR_NAME))
+    if values is None or any(values.get(name) for name in IMAGE_CLASS):
+        return
+    where = f", under {IMAGE!r}," if inside else ""
+    wanted = type(getattr(processor, IMAGE)).__name__.removesuffix("Pil")
+    raise ValueError(
+        f"{folder / file}{where} has no {IMAGE_CLASS[0]}. transformers goes by the model_type then, and that of the "
+        f'sparse model is another. Add "{IMAGE_CLASS[0]}": "{wanted}" to it.'
+    )
 
 
 def load_processor(folder: Path, given: str, model_type: str | None) -> tuple[Any, str | None]:

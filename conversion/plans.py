@@ -57,6 +57,11 @@ class UpcyclePlan:
     drawing: Drawing
     dtype: torch.dtype
 
+    @property
+    def remarks(self) -> list[str]:
+        """What people are told of the plan beside what becomes of which tensor."""
+        return []
+
     def write_processor(self, folder: Path) -> None:
         """Writes the processor into the checkpoint."""
         self.processor.save_pretrained(folder)

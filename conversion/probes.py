@@ -95,7 +95,7 @@ class Probe:
     def _append(self, module: nn.Module, args: tuple) -> tuple:
         if self.is_done:
             return args
-        assert self.given is not None, f"{self.path} did not run in its dense parent"
+        assert self.given is not None
         given = args[0]
         self.findings.informative[f"{self.path}, {GIVEN}"] = measure_gap(self.given, self._first_rows(given))
         self.rows = torch.cat([self.given, self._random_rows()])
@@ -129,20 +129,31 @@ class Probe:
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """Within it the dense model runs."""
+        """Within it the dense model runs.
+
+        Raises:
+            ProofError: naming the MLP, when it does not run.
+        """
         with hooked(self.dense.register_forward_pre_hook(self._note)):
             yield
+        if self.given is None:
+            raise ProofError(
+                f"{self.path} does not run in the dense model on what the proof gives it, so nothing proves its "
+                "experts. Leave its layer out of the layers that are to have experts."
+            )
 
     @contextmanager
     def comparing(self) -> Iterator[None]:
         """Within it the sparse model runs.
 
         Raises:
-            ProofError: naming the MLP, when it is not the dense one.
+            ProofError: naming the MLP, when it is not the dense one, or does not run.
         """
         before = self.sparse.register_forward_pre_hook(self._append)
         with hooked(before), hooked(self.sparse.register_forward_hook(self._compare)):
             yield
+        if not self.is_done:
+            raise ProofError(f"{self.path} runs in the dense model, but not in what was written.")
 
 
 @contextmanager

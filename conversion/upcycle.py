@@ -102,7 +102,7 @@ def preview(args: UpcycleArguments) -> str:
         ValueError: as `upcycle` would.
     """
     plan = prepare(args)
-    written = summarise(plan.mapping, draws_connector="vlm" not in plan.parents)
+    written = "\n".join([summarise(plan.mapping, draws_connector="vlm" not in plan.parents), *plan.remarks])
     if args.format != NATIVE:
         return written
     text = check_native(plan)

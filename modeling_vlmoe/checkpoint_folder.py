@@ -12,6 +12,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from .companions import read_companions, replace_host_card, write_companions
 from .delta_experts import freeze_bases, refuse_split_deltas
 from .expert_precision import warn_of_full_experts
+from .part_overrides import check_overrides
 from .parts import find_towers
 from .recorders import make_recorders_picklable, register_recorders
 from .towers import skip_pooling
@@ -41,7 +42,13 @@ class CheckpointFolder:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As the host does; the receipt, the history and the card are read too."""
+        """As the host does; the receipt, the history and the card are read too.
+
+        Raises:
+            ValueError: when `text_moe`, `vision_moe` or `connector_moe` ask for experts that the weights are not.
+        """
+        if pretrained_model_name_or_path is not None:
+            check_overrides(pretrained_model_name_or_path, **kwargs)
         loaded = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *model_args, **kwargs
         )

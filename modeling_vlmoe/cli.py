@@ -219,11 +219,13 @@ def describe_result(output: Any) -> str:
         if not cast["is_exact"]
     ]
     missing = receipt["settings"].get("not_proved")
+    dense = ", ".join(receipt["settings"].get("dense_vits") or [])
     return (
         f"{output}: {parameters['total']:,} parameters, {parameters['active']:,} active per token\n"
         f"proved equal to its parents{', as rounded' if rounded else ''}: largest gap {proof['largest_gap']:.1e} "
         f"standard deviations (limit {proof['largest_gap_limit']:.1e})\n"
-        f"{''.join(rounded)}{f'not proved: {missing}{chr(10)}' if missing else ''}receipt: {RECEIPT_NAME}"
+        f"{''.join(rounded)}{f'not proved: {missing}{chr(10)}' if missing else ''}"
+        f"{f'stays dense: {dense}{chr(10)}' if dense else ''}receipt: {RECEIPT_NAME}"
     )
 
 

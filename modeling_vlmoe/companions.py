@@ -37,6 +37,11 @@ MARK = re.compile(r"\n<!-- rendered by vlmoe; edit what is above and it stays: (
 HUB_KEYWORDS = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
 
 
+def hub_keywords(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of `from_pretrained`'s keywords, those that say where files are."""
+    return {name: kwargs[name] for name in HUB_KEYWORDS if kwargs.get(name) is not None}
+
+
 def digest(text: str) -> str:
     """The hash of a card's text, whatever its line ends."""
     return hashlib.sha256(text.replace("\r\n", "\n").encode()).hexdigest()
@@ -62,7 +67,7 @@ def read_companions(name: str | os.PathLike[str], **kwargs: Any) -> dict[str, st
         name: as `from_pretrained` takes it.
         **kwargs: as `from_pretrained` takes them; those of `HUB_KEYWORDS` are used. Offline, only caches are read.
     """
-    where = {key: kwargs[key] for key in HUB_KEYWORDS if kwargs.get(key) is not None}
+    where = hub_keywords(kwargs)
     companions = {}
     for file in CARRIED:
         found = cached_file(

@@ -106,9 +106,11 @@ def run_sparse_tower(tower: Any, dense_forward: Any, *args: Any, **kwargs: Any) 
     if tower._is_recorded:
         found = {name: outputs.get(name) for name in RECORDED}
     request.take(found.get("router_logits"), found.get("router_losses"))
-    if wants_tuple:
-        return tuple(value for name, value in outputs.items() if name not in RECORDED)
-    return outputs
+    if not tower._is_recorded:
+        return outputs
+    # The host's class of outputs has no such fields: DDP, which takes outputs apart, could not put it together again.
+    own = {name: value for name, value in outputs.items() if name not in RECORDED}
+    return tuple(own.values()) if wants_tuple else type(outputs)(**own)
 
 
 def _run(tower: Any, dense_forward: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, tuple[Any, ...]]]:

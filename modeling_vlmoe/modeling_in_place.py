@@ -14,6 +14,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+import transformers
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -22,6 +23,7 @@ from .checkpoint_folder import CheckpointFolder
 from .configuration_in_place import BODY, body_config_class, sparse_config_class
 from .fsdp_plan import wrap_vision_layers
 from .parts import find_connector, find_towers, has_layers, write_text_width
+from .parts_config import AUTO_MAP
 from .recorders import install_recorders, make_recorders_picklable
 from .routed_pass import run_routed
 from .routing import RoutedModel
@@ -67,13 +69,24 @@ def dense_class_of(config: Any, table: str) -> Any:
     return found
 
 
+def register_model(head: Any, model_class: Any) -> None:
+    """Has the Auto classes that give one of our composite's classes give a host's, sparse in place, for its own
+    configuration: pipelines look the name of a model's class up there.
+    """
+    for auto_name, reference in AUTO_MAP.items():
+        if reference.rpartition(".")[2] == head.__name__:
+            getattr(transformers, auto_name).register(model_class.config_class, model_class, exist_ok=True)
+
+
 def sparse_class_of(head: Any, config: Any) -> Any:
     """The class that one of our composite's classes stands for, given the configuration of a host's VLM.
 
     Raises:
         ValueError: if the host has no model of this kind.
     """
-    return sparse_model_class(dense_class_of(config, head.body_mapping))
+    model_class = sparse_model_class(dense_class_of(config, head.body_mapping))
+    register_model(head, model_class)
+    return model_class
 
 
 def take_requests(config: Any) -> dict[int, str | None]:
@@ -181,6 +194,8 @@ def sparse_model_class(dense_class: Any) -> Any:
     members = {
         "__module__": HOME,
         "__init__": __init__,
+        # Trainer looks this name up to see how label smoothing lays labels beside logits (transformers 5.23).
+        "_get_name": lambda self: dense_class.__name__,
         "__reduce_ex__": __reduce_ex__,
         "forward": forward,
         "_init_weights": _init_weights,

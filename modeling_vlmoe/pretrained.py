@@ -7,16 +7,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checkpoint_folder import CheckpointFolder
-from .companions import HUB_KEYWORDS
+from .companions import hub_keywords
 from .configuration_in_place import BODY
 from .configuration_vlmoe import VLMoEConfig
 from .modeling_in_place import HOME, is_in_place, sparse_class_of
 from .towers import init_sparse_weights
-
-
-def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Of `from_pretrained`'s keywords, those that say where files are."""
-    return {name: kwargs[name] for name in HUB_KEYWORDS if kwargs.get(name) is not None}
 
 
 class VLMoEPreTrainedModel(CheckpointFolder, PreTrainedModel):
@@ -65,7 +60,7 @@ class VLMoEPreTrainedModel(CheckpointFolder, PreTrainedModel):
         """As the host does; a host's VLM that is sparse in place is loaded in the class made for it."""
         config: Any = kwargs.get("config")
         if config is None and pretrained_model_name_or_path is not None:
-            values, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **_where(kwargs))
+            values, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_keywords(kwargs))
             config = values if BODY in values else None
         if is_in_place(config):
             return sparse_class_of(cls, config).from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
@@ -20,6 +21,7 @@ LOGITS = {"text": "router_logits", "vision": "vision_router_logits", "connector"
 _ROUTED_OUTPUTS: dict[type, Any] = {}
 
 
+@torch.compiler.assume_constant_result  # dynamo makes no classes; which one it is follows from the class alone
 def routed_output_class(dense_class: Any) -> Any:
     """The host's class of outputs with those of the routers; one per class."""
     if dense_class not in _ROUTED_OUTPUTS:

@@ -34,6 +34,7 @@ import torch
 import transformers
 
 from modeling_vlmoe import cli
+from modeling_vlmoe.logs import BAR_SWITCHES, VERBOSITY
 from tests.hub_server import Hub
 
 
@@ -56,12 +57,17 @@ def _seeded():
 
 @pytest.fixture(autouse=True)
 def _own_verbosity():
-    """A command run in the tests' process sets levels for good, as it may in its own."""
+    """A command run in the tests' process sets levels and switches for good, as it may in its own."""
+    switches = {name: os.environ.get(name) for name in (VERBOSITY, *BAR_SWITCHES)}
     loggers = [logging.getLogger(name) for name in ("modeling_vlmoe", "transformers")]
     levels = [one.level for one in loggers]
     yield
     for one, level in zip(loggers, levels, strict=True):
         one.setLevel(level)
+    for name, value in switches.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 class _Deprecations(logging.Handler):

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, set_seed
 from modeling_vlmoe import VLMoEForConditionalGeneration
 from modeling_vlmoe.finetune import follow_trainer
 from modeling_vlmoe.finetune.router_load import find_body
+from modeling_vlmoe.moe_config import PARTS
 from tests import models
 
 from .oracle import MicroBatch, oracle_gradients
@@ -25,6 +26,8 @@ OFF = (0.0, 0.0)
 ACCUMULATED = {"gradient_accumulation_steps": 3}
 ROWS, ROWS_PER_BATCH = 10, 2  # five micro-batches: a step of three, and one of the two that are left
 SCALE = 1024.0
+# What a body is given of a batch; the last three by hosts whose images have sizes of their own.
+INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids", "pixel_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,8 @@ class Recorder(TrainerCallback):
 
     def _note(self, body: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if body.training and torch.is_grad_enabled():
-            names = ("input_ids", "attention_mask", "pixel_values")
             given = dict(zip(("input_ids", "pixel_values"), args, strict=False)) | kwargs
-            self.pending.append(MicroBatch({n: given[n].clone() for n in names if given.get(n) is not None}))
+            self.pending.append(MicroBatch({n: given[n].clone() for n in INPUTS if given.get(n) is not None}))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.steps.gradients.append(
@@ -122,9 +124,9 @@ def with_lora(model: Any) -> Any:
 
 def set_coefficients(model: Any, coefficients: tuple[float, float]) -> None:
     config = find_body(model).config
-    for part in ("text", "vision", "connector"):
-        moe = config.moe(part)
-        moe.router_aux_loss_coef, moe.router_z_loss_coef = coefficients
+    for moe in (config.moe(part) for part in PARTS):
+        if moe is not None:
+            moe.router_aux_loss_coef, moe.router_z_loss_coef = coefficients
 
 
 @cache
@@ -145,7 +147,12 @@ def make_model() -> Any:
 
 
 def train(
-    name: str, setting: Setting, coefficients: tuple[float, float], model: Any = None, helped: bool = True
+    name: str,
+    setting: Setting,
+    coefficients: tuple[float, float],
+    model: Any = None,
+    helped: bool = True,
+    reads: Any = None,
 ) -> tuple[Any, Steps]:
     """Runs two optimizer steps that move nothing (the learning rate is zero)."""
     set_seed(0)
@@ -155,7 +162,7 @@ def train(
     if KINDS[name].config.__name__ == "GRPOConfig":
         fields["loss_type"] = "grpo"
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(name, model, processor(), folder, ROWS * world_size(), **fields)
+        trainer = build(name, model, reads or processor(), folder, ROWS * world_size(), **fields)
         set_coefficients(trainer.model, coefficients)
         recorder = Recorder(trainer, SCALE if setting.has_scaler else 1.0)
         if setting.has_scaler:
@@ -224,7 +231,16 @@ def train_without(name: str, setting: str) -> Steps:
     return train(name, SETTINGS[setting], OFF)[1]
 
 
-def measure(name: str, setting: str | Setting, loss: str, make: Any = None, alone: Any = None) -> Cell:
+def counts_targets(name: str, model: Any) -> bool:
+    """Whether a trainer's loss is a mean over the step's targets: some hosts' models say that theirs is a mean over
+    each micro-batch's, whatever they are told.
+    """
+    return KINDS[name].counts_targets and getattr(model, "accepts_loss_kwargs", True)
+
+
+def measure(
+    name: str, setting: str | Setting, loss: str, make: Any = None, alone: Any = None, reads: Any = None
+) -> Cell:
     """A trainer's router gradient (with the losses on, less that with them off) against the oracle.
 
     Args:
@@ -233,15 +249,16 @@ def measure(name: str, setting: str | Setting, loss: str, make: Any = None, alon
         loss: of `LOSSES`.
         make: makes the model to train; a tiny one where None.
         alone: the same model on this process alone, where the one trained is spread over several.
+        reads: the processor of what `make` makes; the tiny model's where None.
     """
-    counts = KINDS[name].counts_targets
     if isinstance(setting, str):
         off = train_without(name, setting)
         model, on = train(name, SETTINGS[setting], LOSSES[loss])
     else:
-        _, off = train(name, setting, OFF, make())
-        model, on = train(name, setting, LOSSES[loss], make())
+        _, off = train(name, setting, OFF, make(), reads=reads)
+        model, on = train(name, setting, LOSSES[loss], make(), reads=reads)
     judge = alone if alone is not None else model
+    counts = counts_targets(name, judge)
     cells = []
     for with_loss, without, step in zip(on.gradients, off.gradients, on.batches, strict=True):
         wanted = oracle_gradients(judge, step, LOSSES[loss], whole_targets(step, counts))

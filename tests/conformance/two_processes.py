@@ -1,7 +1,9 @@
-"""Run by `torchrun --nproc_per_node 2 two_processes.py SPREAD FOLDER [--broken] [TRAINER ...]`: a JSON line per cell.
+"""Run by `torchrun --nproc_per_node 2 two_processes.py SPREAD FOLDER [--broken|--host] [TRAINER ...]`: a JSON line
+per cell.
 
 SPREAD is `ddp` or `fsdp` (the host's own FSDP2; accelerate's is DDP on a CPU). FOLDER holds the tiny model.
-With `--broken` a mistake is made that the cells must show.
+With `--broken` a mistake is made that the cells must show; with `--host` FOLDER holds a host's VLM, sparse in place,
+and its processor.
 """
 
 import json
@@ -18,6 +20,7 @@ def main(spread: str, folder: str, names: list[str]) -> None:
     from transformers.distributed import DistributedConfig
 
     from modeling_vlmoe import VLMoEForConditionalGeneration
+    from modeling_vlmoe.conversion.host_processors import open_processor
     from tests.conformance.broken import SPREAD_MISTAKE, made
     from tests.conformance.run import ACCUMULATED, Setting, measure, wrapped_layers
     from tests.conformance.trainers import KINDS
@@ -36,9 +39,11 @@ def main(spread: str, folder: str, names: list[str]) -> None:
 
     setting = Setting(ACCUMULATED | ({"ddp_find_unused_parameters": True} if spread == "ddp" else {}))
     mistake = SPREAD_MISTAKE if "--broken" in names else None
-    for name in [name for name in names if name != "--broken"] or KINDS:
+    reads = open_processor(folder, None) if "--host" in names else None
+    make = split if spread == "fsdp" else alone
+    for name in [name for name in names if not name.startswith("--")] or KINDS:
         with made(mistake):
-            cell = measure(name, setting, "both", make=split if spread == "fsdp" else alone, alone=alone())
+            cell = measure(name, setting, "both", make=make, alone=alone(), reads=reads)
         if dist.get_rank() == 0:
             print("CELL " + json.dumps({"trainer": name} | asdict(cell)), flush=True)
     dist.barrier()

@@ -6,14 +6,23 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from modeling_vlmoe.conversion import ExportArguments, UpcycleArguments, export, upcycle
+from modeling_vlmoe.conversion import (
+    ExportArguments,
+    ImportArguments,
+    UpcycleArguments,
+    export,
+    import_native,
+    upcycle,
+)
 from modeling_vlmoe.conversion.export import EXPORT_RECEIPT_NAME, preview_export
 from modeling_vlmoe.conversion.host_processors import load_processor, processor_files
 from modeling_vlmoe.conversion.host_targets import SIBLINGS
 from modeling_vlmoe.conversion.streaming import CheckpointReader
+from modeling_vlmoe.finetune import lora_config
 from tests import hosts
 from tests.conversion.sparse_checkpoints import LAYERS, save_hosted
 from tests.models import gap
@@ -209,6 +218,39 @@ def test_experts_of_image_parts_that_are_still_copies_become_dense_exactly(tmp_p
     num_routers = hosts.HOSTS[family].layers - max(1, hosts.HOSTS[family].layers // 2) + 1
     said = "of experts that are written as one dense MLP (equal copies)"
     assert receipt_of(out)["mapping"]["dropped"]["vlmoe"] == {said: num_routers}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava_next"])
+def test_an_adapter_on_a_host_is_merged_first(tmp_path, family):
+    """LoRA on attention and experts of the LLM with the routers whole: natively it computes what it did with PEFT."""
+    checkpoint = save_hosted(tmp_path / "sparse", family)
+    adapted = load(checkpoint)
+    adapted = get_peft_model(adapted, lora_config(adapted, lora_r=2))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    adapted.save_pretrained(tmp_path / "adapter")
+    hosts.processor(family).save_pretrained(tmp_path / "adapter")
+    native = load(exported(tmp_path / "adapter", tmp_path / "native"))
+    assert type(native).__module__.startswith("transformers.")
+    made = hosts.inputs(hosts.processor(family), family, (2,))
+    wanted = adapted.eval()(**made).logits
+    assert gap(native(**made).logits, wanted) <= LIMIT
+    assert gap(load(checkpoint)(**made).logits, wanted) > 1e-2
+
+
+def test_raises_when_an_exported_host_is_imported(tmp_path):
+    native = exported(save_hosted(tmp_path / "sparse", "qwen3_vl"), tmp_path / "native")
+    for role, message in (
+        ("vlm", r"is a qwen3_vl_moe model; expected a llava one\. .* made sparse in place, from its dense checkpoint"),
+        ("text", "is a qwen3_vl_moe model; expected one of "),
+    ):
+        given = {f"{role}_model": str(native)} | ({"vision_model": str(native)} if role == "text" else {})
+        with pytest.raises(ValueError, match=f"--{role}-model .*{message}"):
+            import_native(ImportArguments(**given, output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_preview_says_what_becomes_of_what(tmp_path):

@@ -8,16 +8,20 @@ import torch
 from safetensors import safe_open
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
+from modeling_vlmoe.cli import describe_result
 from modeling_vlmoe.conversion import ProofError, UpcycleArguments, upcycle
+from modeling_vlmoe.conversion.host_planning import other_vits, plan_in_place
 from modeling_vlmoe.conversion.host_processors import load_processor, processor_files
-from modeling_vlmoe.conversion.planning import plan_upcycle
+from modeling_vlmoe.conversion.parents import open_parents
+from modeling_vlmoe.conversion.planning import asked_experts, plan_upcycle
 from modeling_vlmoe.conversion.upcycle import preview, write_proved
 from modeling_vlmoe.push_checks import check_folder
 from modeling_vlmoe.quantization import quantize_experts
 from modeling_vlmoe.towers import sparse_blocks
-from tests import hosts
+from tests import hosts, tiny
 from tests.models import gap
 
 LIMIT = 1e-5
@@ -227,6 +231,43 @@ def test_it_can_be_pushed_and_packed(upcycled):
     assert [is_parametrized(block.experts) for block in in_llm] == [True] * 3
 
 
+def save_two_vits(folder):
+    """Video-LLaVA, which has a ViT for pictures and one for videos."""
+    vision = tiny.VISION_FIELDS | {"model_type": "clip_vision_model"}
+    text = tiny.TEXT_FIELDS | {"model_type": "llama"}
+    config = AutoConfig.for_model("video_llava", text_config=text, vision_config=vision)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_second_vit_that_stays_dense_is_named(upcycled, tmp_path):
+    """In what is planned, in the receipt, and where the command says what it wrote."""
+    folder = save_two_vits(tmp_path / "dense")
+    args = UpcycleArguments(vlm_model=str(folder), vision_experts=4)
+    parent = open_parents(args)["vlm"]
+    plan = plan_in_place(args, asked_experts(args), parent, (hosts.processor("llava_next"), None))
+    named = ["model.video_tower (CLIPVisionModel)"]
+    assert plan.config.vision_moe.num_experts == 4
+    assert plan.describe_images()["dense_vits"] == named
+    assert plan.remarks == [f"stays dense: {named[0]}, beside the ViT with experts"]
+    args = UpcycleArguments(vlm_model=str(folder), text_experts=4)  # nothing was asked of any ViT
+    assert plan_in_place(args, asked_experts(args), parent, (plan.processor, None)).remarks == []
+
+    receipt = json.loads((upcycled("smolvlm")[1] / "upcycle_receipt.json").read_text())
+    assert receipt["settings"]["dense_vits"] == []
+    receipt["settings"]["dense_vits"] = named
+    (tmp_path / "upcycle_receipt.json").write_text(json.dumps(receipt))
+    assert f"stays dense: {named[0]}" in describe_result(tmp_path)
+
+
+def test_of_two_vits_in_one_vlm_each_is_told():
+    with torch.device("meta"):
+        hybrid = AutoModelForImageTextToText.from_config(AutoConfig.for_model("deepseek_vl_hybrid"))
+    assert other_vits(hybrid) == ["model.high_res_vision_model (SamVisionModel)"]
+    for family in FAMILIES:
+        assert other_vits(hosts.model(family)) == [], family
+
+
 # The proof can fail --------------------------------------------------------------------------
 
 
@@ -339,6 +380,39 @@ def test_a_processor_that_no_file_names_is_named(tmp_path):
         file.write_text(json.dumps(values))
     out = upcycle(UpcycleArguments(vlm_model=str(dense), output_dir=str(tmp_path / "out"), text_experts=2))
     assert type(AutoProcessor.from_pretrained(dense)) is type(AutoProcessor.from_pretrained(out))
+
+
+@pytest.mark.parametrize("is_apart", [False, True], ids=["processor_config", "preprocessor_config"])
+def test_raises_when_no_file_names_the_image_processor(tmp_path, is_apart, leaves_nothing):
+    """transformers finds it by the dense model's type; what is written has another."""
+    dense = hosts.save(tmp_path / "dense", "llava_next")
+    values = json.loads((dense / "processor_config.json").read_text())
+    values["image_processor"].pop("image_processor_type")
+    named = "processor_config.json, under 'image_processor',"
+    if is_apart:
+        named = "preprocessor_config.json"
+        (dense / named).write_text(json.dumps(values.pop("image_processor")))
+    (dense / "processor_config.json").write_text(json.dumps(values))
+    message = f'{dense}/{named} has no image_processor_type.*Add "image_processor_type": "LlavaNextImageProcessor"'
+    with leaves_nothing(), pytest.raises(ValueError, match=message):
+        upcycle(UpcycleArguments(vlm_model=str(dense), output_dir=str(tmp_path / "out"), text_experts=2))
+
+
+def test_raises_when_an_mlp_does_not_run_in_the_dense_model(upcycled, tmp_path, monkeypatch, leaves_nothing):
+    dense, _ = upcycled("llava_next")
+    plan = plan_upcycle(UpcycleArguments(vlm_model=str(dense), text_experts=4))
+    monkeypatch.setattr(MistralDecoderLayer, "forward", skip_the_second(MistralDecoderLayer.forward))
+    with leaves_nothing(), pytest.raises(ProofError, match=r"layers\.1\.mlp does not run in the dense model .* Leave"):
+        write_proved(plan, tmp_path / "out", force=False)
+
+
+def skip_the_second(forward):
+    def maybe(layer, hidden_states, *args, **kwargs):
+        if layer.self_attn.layer_idx == 1:
+            return hidden_states
+        return forward(layer, hidden_states, *args, **kwargs)
+
+    return maybe
 
 
 def test_raises_when_a_hosts_configuration_is_taken_for_a_composites(upcycled):

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -13,6 +14,8 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
     Qwen2_5_VLForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
     pipeline,
 )
 
@@ -137,6 +140,16 @@ def test_every_weight_learns(family):
     assert all(any(piece in name for piece in behind) for name in idle), idle
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_can_be_taken_apart_and_put_together(family):
+    """As DDP does, with what is inside them too (the features of the images)."""
+    outputs = model(family).train()(**(inputs := given(family)), labels=inputs["input_ids"], output_router_logits=True)
+    leaves, shape = tree_flatten(outputs)
+    again = tree_unflatten(leaves, shape)
+    assert again.keys() == outputs.keys()
+    assert again.aux_loss is outputs.aux_loss
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_are_switched_for_every_part(family):
@@ -236,9 +249,54 @@ def test_a_stranger_without_the_package_loads_and_answers(tmp_path, run_python):
     assert "trust_remote_code=True" in refused
 
 
-def test_the_pipeline_answers(tmp_path):
-    model("llava_next").save_pretrained(tmp_path)
-    hosts.processor("llava_next").save_pretrained(tmp_path)
-    answers = pipeline("image-text-to-text", model=str(tmp_path), device="cpu")
-    said = answers(images=hosts.picture(1), text="<image> what?", max_new_tokens=4)
+@pytest.fixture(scope="module")
+def llava_folder(tmp_path_factory):
+    """A model and its processor, which needs no torchvision."""
+    folder = tmp_path_factory.mktemp("llava_next")
+    model("llava_next").save_pretrained(folder)
+    hosts.processor("llava_next").save_pretrained(folder)
+    return folder
+
+
+def test_pipelines_know_the_class_and_answer(llava_folder, caplog):
+    """By its folder, as an object, and as the causal LM that the Auto classes load it as too."""
+    picture = hosts.picture(1)
+    answers = pipeline("image-text-to-text", model=str(llava_folder), device="cpu")
+    said = answers(images=picture, text="<image> what?", max_new_tokens=4)
     assert said[0]["generated_text"].startswith("<image> what?")
+    given = pipeline("image-text-to-text", model=answers.model, processor=answers.processor)
+    assert given(images=picture, text="<image> what?", max_new_tokens=4) == said
+    pipeline("text-generation", model=answers.model, tokenizer=answers.tokenizer)
+    assert not [one for one in caplog.messages if "is not supported" in one]
+
+
+PIPED = """
+import logging
+from PIL import Image
+from transformers import logging as host_logging, pipeline
+said = []
+handler = logging.Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+host_logging.add_handler(handler)
+for _ in range(2):  # the second load finds what the first has registered
+    answers = pipeline("image-text-to-text", model={folder!r}, device="cpu", trust_remote_code=True)
+    picture = Image.new("RGB", (48, 40))
+    print(answers(images=picture, text="<image> what?", max_new_tokens=4)[0]["generated_text"])
+assert said, "the host says something of chats, so the handler hears it"
+assert not any("is not supported" in one for one in said), said
+"""
+
+
+def test_a_strangers_pipeline_answers_without_a_warning(llava_folder, run_python):
+    said = run_python(PIPED.format(folder=str(llava_folder)), without_package=True)
+    assert said.count("<image> what?") == 2
+
+
+@torch.no_grad()
+def test_labels_are_smoothed_where_the_hosts_are(tmp_path):
+    """The Trainer shifts the labels of models whose class it knows by name: Gemma-3 is one."""
+    made, inputs = model("gemma3"), given("gemma3", (1,))
+    trainer = Trainer(made, TrainingArguments(tmp_path, use_cpu=True, report_to="none", label_smoothing_factor=0.1))
+    labels = inputs["input_ids"]
+    wanted = trainer.label_smoother(made(**inputs), labels, shift_labels=True)
+    torch.testing.assert_close(trainer.compute_loss(made, dict(inputs) | {"labels": labels}), wanted)

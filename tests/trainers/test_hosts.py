@@ -108,9 +108,9 @@ def test_lora_under_trainer_learns_reloads_and_merges(base, tmp_path):
         again = PeftModel.from_pretrained(load(folder), tmp_path / "adapter").eval()
         assert gap(again(**inputs).logits, wanted) <= 1e-5
         merged = again.merge_and_unload()
-        assert gap(merged(**inputs).logits, wanted) <= 2e-5
+        assert gap(merged(**inputs).logits, wanted) <= 1e-5
         merged.save_pretrained(tmp_path / "merged")
-        assert gap(load(tmp_path / "merged").eval()(**inputs).logits, wanted) <= 2e-5
+        assert gap(load(tmp_path / "merged").eval()(**inputs).logits, wanted) <= 1e-5
     changed = moved(merged, folder)
     assert any(name.endswith("mlp.experts.gate_up_proj") for name in changed)
     assert any(name.endswith("mlp.router.weight") for name in changed)
