@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
+from modeling_vlmoe.modeling_in_place import is_in_place
 from modeling_vlmoe.moe_config import PARTS
 
 from .delta_arguments import CompressArguments, DensifyArguments
@@ -169,6 +170,11 @@ def plan_rewrite(kind: str, args: DensifyArguments | CompressArguments, source: 
         ValueError: for whatever the user can mend.
     """
     check_is_vlmoe(source.given, source.config)
+    if is_in_place(source.config):
+        raise ValueError(
+            f"vlmoe {kind} rewrites our composite; {source.given} is a {source.config.body_model_type} that is sparse "
+            "in place. Give `vlmoe upcycle` its dense parent and the --expert-init that you want."
+        )
     config: Any
     dtype: torch.dtype | None = None
     if isinstance(args, DensifyArguments):

@@ -12,17 +12,19 @@ from modeling_vlmoe.conversion import (
     DensifyArguments,
     ExportArguments,
     ProofError,
+    UpcycleArguments,
     compress,
     densify,
     export,
     mapping,
     rewrite_proof,
+    upcycle,
 )
 from modeling_vlmoe.conversion.delta_operations import best_pair, stack_pairs
 from modeling_vlmoe.conversion.rewriting import REWRITE_RECEIPT_NAME, preview_rewrite
 from modeling_vlmoe.delta_experts import delta_experts
 from modeling_vlmoe.towers import sparse_blocks
-from tests import models
+from tests import hosts, models
 from tests.conversion.sparse_checkpoints import IMAGE_TOKEN, save_vlmoe
 from tests.models import EXPERTS, gap
 
@@ -207,6 +209,20 @@ def test_raises_when_there_is_nothing_to_compress(delta, full, tmp_path):
 
 
 # Commands
+
+
+def test_a_host_has_delta_experts_that_are_not_rewritten(tmp_path):
+    dense = hosts.save(tmp_path / "dense", "qwen2_5_vl")
+    given = {"vlm_model": str(dense), "text_experts": 4, "expert_init": "delta", "expert_rank": 4}
+    made = upcycle(UpcycleArguments(**given, output_dir=str(tmp_path / "made")))  # proved
+    model = AutoModelForImageTextToText.from_pretrained(made)
+    assert len(delta_experts(model)) == len(list(sparse_blocks(model)))
+    refused = "is a qwen2_5_vl that is sparse in place. Give `vlmoe upcycle` its dense parent"
+    with pytest.raises(ValueError, match=f"vlmoe densify .* {refused}"):
+        densify(DensifyArguments(checkpoint=str(made), output_dir=str(tmp_path / "out")))
+    with pytest.raises(ValueError, match=f"vlmoe compress .* {refused}"):
+        compress(CompressArguments(checkpoint=str(made), rank=2, output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 def run(*words):
