@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    AutoVideoProcessor,
     PreTrainedTokenizerFast,
     is_torchvision_available,
 )
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
@@ -80,6 +80,7 @@ class Host:
 
 
 IMAGE = {"image_token": "<image>"}
+PIXTRAL = {"patch_size": PATCH, "spatial_merge_size": 2, "image_token": "[IMG]"}
 QWEN_IDS = {
     "image_token_id": "image_token",
     "video_token_id": "video_token",
@@ -239,8 +240,9 @@ HOSTS = {
         vision=SIGLIP | {"model_type": "pixtral", "head_dim": 12, "image_size": 2 * SIDE},
         tokens={"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
         ids={"image_token_index": "image_token"},
-        processor="VLMoEProcessor",  # Pixtral's needs torchvision
+        processor="PixtralProcessor" if is_torchvision_available() else "VLMoEProcessor",
         image_processor=("PixtralImageProcessorPil", {"patch_size": 2 * PATCH, "size": {"longest_edge": 2 * SIDE}}),
+        settings=PIXTRAL if is_torchvision_available() else {},
         root={"spatial_merge_size": 2},
         place="[IMG]",
     ),
@@ -260,6 +262,11 @@ def tokenizer(host: Host) -> PreTrainedTokenizerFast:
     return fast
 
 
+def processor_class(host: Host) -> Any:
+    """The class of a host's own processor."""
+    return VLMoEProcessor if host.processor == VLMoEProcessor.__name__ else getattr(transformers, host.processor)
+
+
 def processor(family: str) -> Any:
     """The host's own processor; without its videos, which need torchvision."""
     host = HOSTS[family]
@@ -268,13 +275,13 @@ def processor(family: str) -> Any:
     if host.processor == VLMoEProcessor.__name__:
         sizes = {"image_sizes_name": "image_sizes", "image_token_side": 2 * PATCH, "image_token": host.place}
         return VLMoEProcessor.from_parents(*parts, None, **sizes)
-    processor_class = getattr(transformers, host.processor)
-    if VIDEO in processor_class.get_attributes():
+    made_class = processor_class(host)
+    if VIDEO in made_class.get_attributes():
         if is_torchvision_available():
-            parts.append(AutoVideoProcessor.for_model(family))
+            parts.append(getattr(transformers, VIDEO_PROCESSOR_MAPPING_NAMES[family]["torchvision"])(**settings))
         else:
-            processor_class = without_videos(processor_class)
-    return processor_class(*parts, chat_template=CHAT.replace("IMAGE", repr(host.place)), **host.settings)
+            made_class = without_videos(made_class)
+    return made_class(*parts, chat_template=CHAT.replace("IMAGE", repr(host.place)), **host.settings)
 
 
 def config(family: str, **root: Any) -> Any:

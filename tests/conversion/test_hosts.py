@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch.nn.utils.parametrize import is_parametrized
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, is_torchvision_available
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
 from modeling_vlmoe.cli import describe_result
 from modeling_vlmoe.conversion import ProofError, UpcycleArguments, upcycle
 from modeling_vlmoe.conversion.host_planning import other_vits, plan_in_place
-from modeling_vlmoe.conversion.host_processors import load_processor, processor_files
+from modeling_vlmoe.conversion.host_processors import VIDEO, load_processor, process_video, processor_files
 from modeling_vlmoe.conversion.parents import open_parents
 from modeling_vlmoe.conversion.planning import asked_experts, plan_upcycle
 from modeling_vlmoe.conversion.upcycle import preview, write_proved
@@ -27,6 +27,7 @@ from tests.models import gap
 LIMIT = 1e-5
 FAMILIES = list(hosts.HOSTS)
 WITH_TILES = [family for family, host in hosts.HOSTS.items() if host.tiles is not None]
+WITH_VIDEOS = [name for name, host in hosts.HOSTS.items() if VIDEO in hosts.processor_class(host).get_attributes()]
 # Their videos are packed like their pictures, or are pictures.
 PACKED_VIDEOS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
@@ -104,6 +105,21 @@ def test_tiling_on_and_off(upcycled, family):
         counts.append(given["input_ids"].shape[1])
         assert gap(sparse(**given).logits, dense(**given).logits) <= LIMIT
     assert counts[0] > counts[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", WITH_VIDEOS)
+def test_a_hosts_own_videos_are_proved_or_said_not_to_be(upcycled, family):
+    """Its video processor needs torchvision; with it, logits and greedy tokens are the dense ones."""
+    receipt = json.loads((upcycled(family)[1] / "upcycle_receipt.json").read_text())
+    is_proved = "logits of a video and text" in receipt["proof"]["gaps"]
+    assert is_proved == is_torchvision_available()
+    assert (receipt["settings"]["not_proved"] is None) == is_proved
+    if is_proved:
+        dense, sparse, processor = pair(upcycled, family)
+        given = process_video(processor, [hosts.picture(number, (64, 48)) for number in range(4)])
+        assert gap(sparse(**given).logits, dense(**given).logits) <= LIMIT
+        assert torch.equal(*(one.generate(**given, max_new_tokens=8, do_sample=False) for one in (sparse, dense)))
 
 
 @torch.no_grad()

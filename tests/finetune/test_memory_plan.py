@@ -233,7 +233,6 @@ cli.main()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are set as on Linux")
 def test_a_run_that_needs_too_much_ends_with_an_account(dense_base, tmp_path):
     text = "what colour is the shape? " * 8
     write_rows(tmp_path / "rows.jsonl", [question([], text, text) | {"id": row} for row in range(200)])
