@@ -88,6 +88,8 @@ class HostProof(PartProof):
             frames = [self.noise(number, SHOWN_SIZES[0]) for number in range(NUM_FRAMES)]
             if (video := process_video(written, frames)) is not None:
                 found["video"] = video
+            else:  # the receipt and the command say so
+                plan.not_read = "its processor makes nothing of a video of small frames"
         return found
 
     def dense_run(self, given: dict[str, dict[str, Any]], dtype: torch.dtype | None) -> DenseRun:
