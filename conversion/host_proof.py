@@ -12,6 +12,7 @@ from transformers.utils import PROCESSOR_NAME
 
 from .dense_runs import DenseRun, reference_model
 from .gaps import ProofError, nudge
+from .host_planning import InPlacePlan
 from .host_processors import VIDEO, load_processor, process, process_video
 from .part_proofs import PartProof
 from .probes import hooked
@@ -56,6 +57,8 @@ def host_logits(model: Any, inputs: dict[str, Any], generator: torch.Generator |
 
 class HostProof(PartProof):
     """The proof of a VLM that is sparse in place."""
+
+    plan: InPlacePlan
 
     def noise(self, number: int, size: tuple[int, int]) -> Image.Image:
         """A picture of noise, of a width and a height."""
