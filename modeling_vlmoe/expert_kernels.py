@@ -19,13 +19,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from .adapted_experts import run_pairs
+from .expert_paths import HALF
 from .grouped_experts import full_experts, run_grouped
 from .hollow_tensors import is_hollow
 from .shared_base import LowRank
 
 FEW_TOKENS = 4  # up to here there are few row counts, which oneDNN has soon seen
 MOST_COPIED = 2**24  # bytes of weights that `batched_mm` may copy
-HALF = (torch.bfloat16, torch.float16)
 
 
 def is_plain(experts: Any) -> bool:

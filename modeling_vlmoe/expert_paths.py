@@ -7,8 +7,7 @@ precision on a CPU needs that: oneDNN builds a new kernel for each number of row
 Shapes: T tokens, K experts per token, S = T K paths (path t K + k is token t's k-th), E experts, r rank.
 """
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import is_torch_greater_or_equal
 
 from .hollow_tensors import is_hollow
 
@@ -23,6 +23,14 @@ from .hollow_tensors import is_hollow
 # that little is added; coarser for many, so that there are few numbers in all.
 ROUNDING = ((64, 16), (256, 32))
 COARSEST = 64
+HALF = (torch.bfloat16, torch.float16)
+BLOCK_NUMBERS = 2**19  # of a group's (rows, R): about what a core's cache holds
+BLOCK_ROWS = 32
+
+
+def block_rows(width: int) -> int:
+    """How many rows of a width (R) a group of several experts has at most."""
+    return max(BLOCK_ROWS, BLOCK_NUMBERS // width // BLOCK_ROWS * BLOCK_ROWS)
 
 
 @dataclass(frozen=True)
@@ -33,13 +41,15 @@ class PathGroup:
         experts: which.
         paths: their numbers, (rows,).
         tokens: their tokens, (rows,).
-        ends: where each expert's rows end, (experts,), as `grouped_mm` takes it; None for one expert.
+        bounds: where each expert's rows end.
+        ends: the same, (experts,), as `grouped_mm` takes it; None for one expert.
         is_real: which rows are no repeats, (rows,); None where all are.
     """
 
     experts: range
     paths: Tensor
     tokens: Tensor
+    bounds: tuple[int, ...]
     ends: Tensor | None = None
     is_real: Tensor | None = None
 
@@ -81,6 +91,12 @@ class PathGroup:
         else:
             self.own(total).add_(F.grouped_mm(left.T, right, offs=self.ends))
 
+    def add_large_outer(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """As `add_outer`, without a tensor of the size of the experts' matrices in between."""
+        for expert, start, end in zip(self.experts, (0, *self.bounds), self.bounds, strict=False):
+            if end > start:
+                total[expert].addmm_(left[start:end].T, right[start:end])
+
     def add_to_rows(self, rows: Tensor, vectors: Tensor) -> None:
         """Adds each row's expert's vector, of (E, width), to (rows, width), in place."""
         rows.add_(self.own(vectors) if self.ends is None else vectors.index_select(0, self._expert_of_row()))
@@ -115,41 +131,87 @@ class Paths:
         num_tokens, num_picked = self.expert_TK.shape
         return num_tokens, num_picked
 
-    def groups(self, dtype: torch.dtype, most_rows: int | None = None, are_joined: bool = False) -> list[PathGroup]:
-        """The paths of each expert that has any, in groups.
+    def groups(self, dtype: torch.dtype, most_rows: int, are_joined: bool, are_cut: bool = True) -> list[PathGroup]:
+        """The paths of all experts that have any, in groups.
 
         Args:
             dtype: what is computed in.
-            most_rows: of a group; None takes all of an expert's at once.
+            most_rows: of a group, a multiple of `BLOCK_ROWS`.
             are_joined: whether several experts may share a group.
+            are_cut: whether the paths of one expert are cut where they are more; else they make a larger group.
         """
-        num_picked = self.expert_TK.shape[1]
-        is_rounded = self.expert_TK.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+        is_rounded = self.expert_TK.device.type == "cpu" and dtype in HALF
         order = torch.sort(self.expert_TK.reshape(-1), stable=True).indices
-        counts, groups, start = count_paths(self.expert_TK, self.num_experts), [], 0
-        if is_hollow(self.expert_TK) and most_rows is not None:  # of groups that are cut the largest stands for all
-            counts = [min(self.expert_TK.numel() if are_joined else len(self.expert_TK), most_rows)]
-        elif are_joined and most_rows is not None and not is_rounded:
-            return list(self._joined(order, list(accumulate(counts)), most_rows))
+        counts = count_paths(self.expert_TK, self.num_experts)
+        if is_hollow(self.expert_TK):  # of groups that are cut the largest stands for all
+            if are_cut:
+                counts = [min(self.expert_TK.numel() if are_joined else len(self.expert_TK), most_rows)]
+            are_joined = False  # torch's `grouped_mm` then takes half precision only (2.13)
+        made: list[list[_Piece]] = []
+        room = first = 0
         for expert, count in enumerate(counts):
-            for first in range(start, start + count, most_rows or max(count, 1)):
-                paths = order[first : min(first + (most_rows or count), start + count)]
-                is_real = None
-                if is_rounded and (more := -len(paths) % row_step(len(paths))):
-                    is_real = torch.arange(len(paths) + more, device=paths.device) < len(paths)
-                    paths = F.pad(paths, (0, more))
-                groups.append(PathGroup(range(expert, expert + 1), paths, paths // num_picked, None, is_real))
-            start += count
-        return groups
+            while count:
+                whole = count + (-count % row_step(count) if is_rounded else 0)
+                if not are_joined or not room or (whole > room and not are_cut):
+                    made.append([])
+                    room = most_rows
+                num_rows = min(whole, room) if are_cut else whole
+                made[-1].append(_Piece(expert, first, min(count, num_rows), num_rows))
+                first, count = first + made[-1][-1].num_paths, count - made[-1][-1].num_paths
+                room = max(room - num_rows, 0)
+        return [self._group(order, pieces) for pieces in made]
 
-    def _joined(self, order: Tensor, ends: list[int], most_rows: int) -> Iterator[PathGroup]:
-        """Groups of the paths in this order, whose experts' paths end there."""
-        for first in range(0, len(order), most_rows):
-            paths = order[first : first + most_rows]
-            experts = range(bisect_right(ends, first), bisect_left(ends, first + len(paths)) + 1)
-            own = [min(ends[expert] - first, len(paths)) for expert in experts]
-            own_ends = torch.tensor(own, dtype=torch.int32, device=order.device) if len(own) > 1 else None
-            yield PathGroup(experts, paths, paths // self.expert_TK.shape[1], own_ends)
+    def _group(self, order: Tensor, pieces: list["_Piece"]) -> PathGroup:
+        """The paths in this order that the pieces take, which follow one another."""
+        ends = list(accumulate(piece.num_rows for piece in pieces))
+        is_real = None
+        first = pieces[0].first
+        paths = order[first : first + ends[-1]]
+        if ends[-1] > sum(piece.num_paths for piece in pieces):
+            row = torch.arange(ends[-1], device=order.device)
+            given = [
+                (piece.first, piece.num_paths, end - piece.num_rows) for piece, end in zip(pieces, ends, strict=True)
+            ]
+            sizes = torch.tensor([piece.num_rows for piece in pieces], device=order.device)
+            table = torch.tensor(given, device=order.device).repeat_interleave(sizes, dim=0, output_size=ends[-1])
+            first_path, num_paths, first_row = table.unbind(1)
+            is_real = row - first_row < num_paths
+            paths = order[first_path + (row - first_row) * is_real]  # repeats are of the piece's first path
+        experts = range(pieces[0].expert, pieces[-1].expert + 1)
+        end_of = dict(zip((piece.expert for piece in pieces), ends, strict=True))
+        bounds = tuple(accumulate((end_of.get(expert, 0) for expert in experts), max))  # without rows: the last one's
+        own_ends = torch.tensor(bounds, dtype=torch.int32, device=order.device) if len(experts) > 1 else None
+        return PathGroup(experts, paths, paths // self.expert_TK.shape[1], bounds, own_ends, is_real)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Of a group, the rows of one expert.
+
+    Attributes:
+        expert: which.
+        first: where its paths begin among those sorted by expert.
+        num_paths: how many they are.
+        num_rows: those and the repeats.
+    """
+
+    expert: int
+    first: int
+    num_paths: int
+    num_rows: int
+
+
+def can_join(dtype: torch.dtype, device: torch.device, widths: Iterable[int]) -> bool:
+    """Whether torch's `grouped_mm` multiplies groups of several experts by matrices of these widths.
+
+    It takes rows of a multiple of 16 bytes; on a CPU any address from torch 2.11 on; a GPU of compute capability 8.0
+    or more.
+    """
+    if not hasattr(F, "grouped_mm") or any(width * dtype.itemsize % 16 for width in widths):
+        return False
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type != "cpu" or is_torch_greater_or_equal("2.11", accept_dev=True)
 
 
 def count_paths(expert_TK: Tensor, num_experts: int) -> list[int]:
@@ -165,59 +227,50 @@ def row_step(num_rows: int) -> int:
     return next((step for most, step in ROUNDING if num_rows <= most), COARSEST)
 
 
-class _Gathered(torch.autograd.Function):
-    """`out[s] = weight[expert of s] @ source[token of s]`, from (T, in) to (S, out), with `weight` (E, out, in)."""
+def _to_paths(rows_TI: Tensor, own: Tensor, groups: list[PathGroup], num_paths: int) -> Tensor:
+    """Each path's expert's matrix, of (E, I, O), times its token's row: (S, O)."""
+    out = rows_TI.new_zeros(num_paths, own.shape[2])
+    for group in groups:
+        group.put(out, group.product(rows_TI.index_select(0, group.tokens), group.own(own)))
+    return out
+
+
+def _to_tokens(rows_SI: Tensor, own: Tensor, groups: list[PathGroup], num_tokens: int) -> Tensor:
+    """The sum of that over a token's paths, of a row per path: (T, O)."""
+    out = rows_SI.new_zeros(num_tokens, own.shape[2])
+    for group in groups:
+        rows = group.zero_repeats(rows_SI.index_select(0, group.paths))
+        out.index_add_(0, group.tokens, group.product(rows, group.own(own)))
+    return out
+
+
+class _Product(torch.autograd.Function):
+    """`_to_paths`, or summed `_to_tokens`, of weights (E, O, I): each takes the other for its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, weight: Tensor, groups: list[PathGroup], num_paths: int) -> Tensor:
+    def forward(
+        ctx: Any, source: Tensor, weight: Tensor, groups: list[PathGroup], num_rows: int, is_summed: bool
+    ) -> Tensor:
         ctx.save_for_backward(source, weight)
-        ctx.groups = groups
-        out = source.new_zeros(num_paths, weight.shape[1])
-        for group in groups:
-            group.put(out, group.product(source.index_select(0, group.tokens), group.own(weight).mT))
-        return out
+        ctx.groups, ctx.is_summed = groups, is_summed
+        return (_to_tokens if is_summed else _to_paths)(source, weight.mT, groups, num_rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         source, weight = ctx.saved_tensors
-        d_source = torch.zeros_like(source) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for group in ctx.groups:
-            rows = group.zero_repeats(gradient.index_select(0, group.paths))
-            if d_source is not None:
-                d_source.index_add_(0, group.tokens, group.product(rows, group.own(weight)))
-            if d_weight is not None:
-                group.add_outer(d_weight, rows, source.index_select(0, group.tokens))
-        return d_source, d_weight, None, None
-
-
-class _Summed(torch.autograd.Function):
-    """`out[t] = sum over t's paths s of weight[expert of s] @ source[s]`, from (S, in) to (T, out)."""
-
-    @staticmethod
-    def forward(ctx: Any, source: Tensor, weight: Tensor, groups: list[PathGroup], num_tokens: int) -> Tensor:
-        ctx.save_for_backward(source, weight)
-        ctx.groups = groups
-        out = source.new_zeros(num_tokens, weight.shape[1])
-        for group in groups:
-            rows = group.zero_repeats(source.index_select(0, group.paths))
-            out.index_add_(0, group.tokens, group.product(rows, group.own(weight).mT))
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        source, weight = ctx.saved_tensors
-        d_source = torch.zeros_like(source) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for group in ctx.groups:
-            rows = group.zero_repeats(gradient.index_select(0, group.tokens))
-            if d_source is not None:
-                group.put(d_source, group.product(rows, group.own(weight)))
-            if d_weight is not None:
-                group.add_outer(d_weight, rows, source.index_select(0, group.paths))
-        return d_source, d_weight, None, None
+        d_source = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_source = (_to_paths if ctx.is_summed else _to_tokens)(gradient, weight, ctx.groups, len(source))
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight)
+            for group in ctx.groups:
+                of_gradient, of_source = group.paths, group.tokens
+                if ctx.is_summed:
+                    of_gradient, of_source = of_source, of_gradient
+                rows = group.zero_repeats(gradient.index_select(0, of_gradient))
+                group.add_outer(d_weight, rows, source.index_select(0, of_source))
+        return d_source, d_weight, None, None, None
 
 
 def gather_product(source_TI: Tensor, weight_EOI: Tensor, paths: Paths, groups: list[PathGroup] | None) -> Tensor:
@@ -233,7 +286,7 @@ def gather_product(source_TI: Tensor, weight_EOI: Tensor, paths: Paths, groups: 
     num_tokens, num_picked = paths.shape
     num_experts, num_rows, _ = weight_EOI.shape
     if groups is not None:
-        return _Gathered.apply(source_TI, weight_EOI, groups, num_tokens * num_picked)
+        return _Product.apply(source_TI, weight_EOI, groups, num_tokens * num_picked, False)
     blocks_TER = F.linear(source_TI, weight_EOI.flatten(0, 1)).view(num_tokens, num_experts, num_rows)
     chosen = paths.expert_TK[..., None].expand(-1, -1, num_rows)
     return blocks_TER.gather(1, chosen).flatten(0, 1)
@@ -252,7 +305,7 @@ def sum_product(source_SI: Tensor, weight_EOI: Tensor, paths: Paths, groups: lis
     num_tokens, num_picked = paths.shape
     num_experts, _, width = weight_EOI.shape
     if groups is not None:
-        return _Summed.apply(source_SI, weight_EOI, groups, num_tokens)
+        return _Product.apply(source_SI, weight_EOI, groups, num_tokens, True)
     blocks = source_SI.new_zeros(num_tokens, num_experts, width)
     chosen = paths.expert_TK[..., None].expand(-1, -1, width)
     blocks = blocks.scatter_add(1, chosen, source_SI.view(num_tokens, num_picked, width))

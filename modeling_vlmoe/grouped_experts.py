@@ -1,5 +1,5 @@
-"""Experts with weights of their own, one after the other, and where they have them low-rank pairs beside their
-weights, which are never added to the weights.
+"""Experts with weights of their own, those with few paths several at once, and where they have them low-rank pairs
+beside their weights, which are never added to the weights.
 
 Two users: half precision on a CPU, where the rows of each expert have to be rounded up (see expert_paths.py), and LoRA
 on experts (see routed_lora.py).
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .expert_maths import ExpertMaths
-from .expert_paths import PathGroup, Paths, gather_product
+from .expert_paths import PathGroup, Paths, block_rows, can_join, gather_product
 from .shared_base import LowRank, kept
 
 
@@ -46,6 +46,12 @@ class FullExperts:
     up_pair: LowRank | None = None
     down_pair: LowRank | None = None
     dropout: float = 0.0
+
+    def can_join(self) -> bool:
+        """Whether experts with few paths may be computed together."""
+        pairs = [pair for pair in (self.up_pair, self.down_pair) if pair is not None]
+        widths = [*self.up.shape[1:], *self.down.shape[1:], *(width for pair in pairs for width in pair.widths)]
+        return can_join(self.up.dtype, self.up.device, widths)
 
 
 class _Grouped(torch.autograd.Function):
@@ -77,19 +83,19 @@ class _Grouped(torch.autograd.Function):
         given = (x_TD, weight_S, up, down, up_bias, down_bias, low_Sr, b_up, a_down, b_down)
         b_up, b_down = _contiguous(b_up), _contiguous(b_down)
         for group in groups:
-            (expert,) = group.experts
-            rows = x_TD.index_select(0, group.tokens) @ up[expert].T
+            rows = group.product(x_TD.index_select(0, group.tokens), group.own(up).mT)
             if low_Sr is not None and b_up is not None:
-                rows.addmm_(low_Sr.index_select(0, group.paths), b_up[expert].T)
+                group.add_product(rows, low_Sr.index_select(0, group.paths), group.own(b_up).mT)
             if up_bias is not None:
-                rows.add_(up_bias[expert])
+                group.add_to_rows(rows, up_bias)
             hidden = maths.activate(rows)
-            made = hidden @ down[expert].T
+            made = group.product(hidden, group.own(down).mT)
             if a_down is not None and b_down is not None:
                 seen = hidden if generator is None else hidden * kept(hidden.shape, dropout[0], generator, hidden)
-                made.addmm_(seen @ a_down[expert].T, b_down[expert].T, alpha=scale)
+                low_down = group.product(seen, group.own(a_down).mT).mul_(scale)
+                group.add_product(made, low_down, group.own(b_down).mT)
             if down_bias is not None:
-                made.add_(down_bias[expert])
+                group.add_to_rows(made, down_bias)
             out_TO.index_add_(0, group.tokens, (made * group.weights(weight_S)).to(wide))
             kept_rows.append(rows)
         ctx.maths, ctx.groups, ctx.dropout, ctx.scale = maths, groups, dropout, scale
@@ -114,44 +120,47 @@ class _Grouped(torch.autograd.Function):
         shared = maths.shared_parameters()
         d_shared = [torch.zeros_like(one) if one.requires_grad else None for one in shared]
         for group, rows in zip(ctx.groups, all_rows, strict=True):
-            (expert,), weight = group.experts, group.weights(weight_S)
+            weight = group.weights(weight_S)
             replay = maths.replay(rows)
             value = replay.hidden.detach()
             d_made = d_out.index_select(0, group.tokens)
-            d_hidden = d_made @ down[expert]
+            d_hidden = group.product(d_made, group.own(down))
             weighted = (d_made * weight).to(d_made.dtype)
             if a_down is not None and b_down is not None:
                 mask = None if generator is None else kept(value.shape, ctx.dropout[0], generator, value)
                 seen = value if mask is None else value * mask
-                d_low_down = (d_made @ b_down[expert]).mul_(ctx.scale)
+                d_low_down = group.product(d_made, group.own(b_down)).mul_(ctx.scale)
                 if mask is None:
-                    d_hidden.addmm_(d_low_down, a_down[expert])
+                    group.add_product(d_hidden, d_low_down, group.own(a_down))
                 else:
-                    d_hidden.add_((d_low_down @ a_down[expert]).mul_(mask))
+                    d_hidden.add_(group.product(d_low_down, group.own(a_down)).mul_(mask))
                 if d_a_down is not None:
-                    d_a_down[expert].addmm_((d_low_down * weight).to(value.dtype).T, seen)
+                    group.add_outer(d_a_down, (d_low_down * weight).to(value.dtype), seen)
                 if d_b_down is not None:
-                    d_b_down[expert].addmm_(weighted.T, seen @ a_down[expert].T, alpha=ctx.scale)
+                    low_down = group.product(seen, group.own(a_down).mT).mul_(ctx.scale)
+                    group.add_outer(d_b_down, weighted, low_down)
             by_weight = (value * d_hidden).sum(-1, dtype=d_weight.dtype)
             if down_bias is not None:
-                by_weight += (d_made @ down_bias[expert]).to(by_weight.dtype)
+                biases = torch.zeros_like(d_made)
+                group.add_to_rows(biases, down_bias)
+                by_weight += (d_made * biases).sum(-1, dtype=by_weight.dtype)
             group.put(d_weight, by_weight)
             if d_down is not None:
-                d_down[expert].addmm_(weighted.T, value)
+                group.add_large_outer(d_down, weighted, value)
             if d_down_bias is not None:
-                d_down_bias[expert] += weighted.sum(0)
+                group.add_sum(d_down_bias, weighted)
             d_hidden = (d_hidden * weight).to(value.dtype)
             d_rows, found = replay.backward(d_hidden, shared)
             if d_x is not None:
-                d_x.index_add_(0, group.tokens, (d_rows @ up[expert]).to(wide))
+                d_x.index_add_(0, group.tokens, group.product(d_rows, group.own(up)).to(wide))
             if d_up is not None:
-                d_up[expert].addmm_(d_rows.T, x_TD.index_select(0, group.tokens))
+                group.add_large_outer(d_up, d_rows, x_TD.index_select(0, group.tokens))
             if d_up_bias is not None:
-                d_up_bias[expert] += d_rows.sum(0)
+                group.add_sum(d_up_bias, d_rows)
             if d_low is not None and b_up is not None:
-                group.put(d_low, d_rows @ b_up[expert])
+                group.put(d_low, group.product(d_rows, group.own(b_up)))
             if d_b_up is not None:
-                d_b_up[expert].addmm_(d_rows.T, low_Sr.index_select(0, group.paths))
+                group.add_outer(d_b_up, d_rows, low_Sr.index_select(0, group.paths))
             for total, one in zip(d_shared, found, strict=True):
                 if total is not None and one is not None:
                     total += one
@@ -189,7 +198,7 @@ def run_grouped(full: FullExperts, x_TD: Tensor, expert_TK: Tensor, weight_TK: T
     """
     with torch.autocast(device_type=x_TD.device.type, enabled=False):
         paths, x = Paths(expert_TK, len(full.up)), x_TD.to(full.up.dtype)
-        groups = paths.groups(x.dtype)
+        groups = paths.groups(x.dtype, block_rows(full.up.shape[1]), full.can_join(), are_cut=False)
         low_Sr = None
         if full.up_pair is not None:
             seen = F.dropout(x, full.dropout) if full.dropout else x

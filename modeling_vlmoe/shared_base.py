@@ -25,10 +25,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .expert_maths import ExpertMaths
-from .expert_paths import PathGroup, Paths, gather_product, sum_product
+from .expert_paths import PathGroup, Paths, block_rows, can_join, gather_product, sum_product
 
-BLOCK_NUMBERS = 2**19  # of a block's (rows, R): about what a core's cache holds
-BLOCK_ROWS = 32
 # Up to E r of this, one product with all experts' low-rank weights costs less than one product for each of them.
 MOST_STACKED = 256
 
@@ -51,6 +49,11 @@ class LowRank:
     def is_stacked(self) -> bool:
         """Whether one product with all experts' weights, and a mask, is the cheaper form."""
         return self.a.shape[0] * self.a.shape[1] <= MOST_STACKED
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """r, I and O."""
+        return *self.a.shape[1:], self.b.shape[1]
 
     def to(self, dtype: torch.dtype) -> "LowRank":
         return LowRank(self.a.to(dtype), self.b.to(dtype), self.scale)
@@ -82,12 +85,10 @@ class SharedBase:
     down_bias: Tensor | None = None
     dropout: float = 0.0
 
-    @property
-    def is_aligned(self) -> bool:
-        """Whether `grouped_mm` takes the pairs: rows of a multiple of 16 bytes."""
+    def can_join(self, dtype: torch.dtype) -> bool:
+        """Whether the pairs of several experts may be multiplied together, in a dtype."""
         pairs = [pair for pair in (self.up_pair, self.down_pair) if pair is not None]
-        widths = [width for pair in pairs for width in (*pair.a.shape[1:], pair.b.shape[1])]
-        return all(width * self.up.element_size() % 16 == 0 for width in widths)
+        return can_join(dtype, self.up.device, [width for pair in pairs for width in pair.widths])
 
 
 def kept(shape: torch.Size, dropout: float, generator: torch.Generator, like: Tensor) -> Tensor:
@@ -267,8 +268,7 @@ def run_shared_base(base: SharedBase, x_TD: Tensor, expert_TK: Tensor, weight_TK
     base_TR = F.linear(x_TD, base.up)
     dtype, paths = base_TR.dtype, Paths(expert_TK, base.num_experts)
     masked = is_masked(base, x_TD.device)
-    most_rows = max(BLOCK_ROWS, BLOCK_NUMBERS // base_TR.shape[1] // BLOCK_ROWS * BLOCK_ROWS)
-    groups = None if masked else paths.groups(dtype, most_rows, are_joined=base.is_aligned)
+    groups = None if masked else paths.groups(dtype, block_rows(base_TR.shape[1]), base.can_join(dtype))
 
     def grouped(pair: LowRank) -> list[PathGroup] | None:
         return None if masked or pair.is_stacked else groups

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_vlmoe import MoEConfig, shared_base
+from modeling_vlmoe import MoEConfig, expert_paths, shared_base
 from modeling_vlmoe.mlp_layouts import find_layout
 from modeling_vlmoe.sparse_moe import SparseMoE
 from tests import tiny
@@ -45,18 +45,21 @@ def both_ways(experts, num_tokens=23, num_picked=2):
     return results
 
 
+@pytest.mark.parametrize("rank", [3, 4], ids=["each expert apart", "several at once"])
 @pytest.mark.parametrize("kind", DENSE_MLPS, ids=str)
-def test_delta_experts_are_their_summed_weights(kind, form):
-    (out, found), (wanted_out, wanted) = both_ways(block(DENSE_MLPS[kind](), expert_type="delta").experts)
+def test_delta_experts_are_their_summed_weights(kind, rank, form):
+    experts = block(DENSE_MLPS[kind](), expert_type="delta", expert_rank=rank).experts
+    (out, found), (wanted_out, wanted) = both_ways(experts)
     torch.testing.assert_close(out, wanted_out, rtol=1e-5, atol=1e-5)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
 
 
 def test_blocks_of_rows_are_cut_anywhere(monkeypatch):
-    monkeypatch.setattr(shared_base, "BLOCK_NUMBERS", 1)
-    monkeypatch.setattr(shared_base, "BLOCK_ROWS", 3)
-    (out, found), (wanted_out, wanted) = both_ways(block(GatedMLP(bias=True), expert_type="delta").experts)
+    monkeypatch.setattr(expert_paths, "BLOCK_NUMBERS", 1)
+    monkeypatch.setattr(expert_paths, "BLOCK_ROWS", 3)
+    experts = block(GatedMLP(bias=True), expert_type="delta", expert_rank=4).experts
+    (out, found), (wanted_out, wanted) = both_ways(experts)
     torch.testing.assert_close(out, wanted_out, rtol=1e-5, atol=1e-5)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
