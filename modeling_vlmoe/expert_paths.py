@@ -253,7 +253,8 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(source, weight)
         ctx.groups, ctx.is_summed = groups, is_summed
-        return (_to_tokens if is_summed else _to_paths)(source, weight.mT, groups, num_rows)
+        # For this pass alone: PEFT's is a view of another order, which `grouped_mm` does not take.
+        return (_to_tokens if is_summed else _to_paths)(source, weight.contiguous().mT, groups, num_rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -261,9 +262,10 @@ class _Product(torch.autograd.Function):
         source, weight = ctx.saved_tensors
         d_source = d_weight = None
         if ctx.needs_input_grad[0]:
-            d_source = (_to_paths if ctx.is_summed else _to_tokens)(gradient, weight, ctx.groups, len(source))
+            move = _to_paths if ctx.is_summed else _to_tokens
+            d_source = move(gradient, weight.contiguous(), ctx.groups, len(source))
         if ctx.needs_input_grad[1]:
-            d_weight = torch.zeros_like(weight)
+            d_weight = weight.new_zeros(weight.shape)
             for group in ctx.groups:
                 of_gradient, of_source = group.paths, group.tokens
                 if ctx.is_summed:

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText
 
-from modeling_vlmoe import adapted_experts, routed_lora
+from modeling_vlmoe import adapted_experts, routed_lora, shared_base
 from modeling_vlmoe.routed_lora import is_wrapper, set_expert_dropout, unwrapped
 from modeling_vlmoe.towers import sparse_blocks
 from tests import models
@@ -26,9 +26,9 @@ def redraw(model, name="default", seed=0):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-def adapted(model, targets=STACKS, **fields):
+def adapted(model, targets=STACKS, rank=3, **fields):
     model = get_peft_model(
-        model, LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=targets, **fields)
+        model, LoraConfig(r=rank, lora_alpha=5, target_modules=[], target_parameters=targets, **fields)
     )
     redraw(model)
     return model
@@ -81,14 +81,16 @@ def test_results_and_gradients_are_pefts(are_copies, targets, kernels):
     assert set(kernels) == {"run_shared_base" if are_copies else "run_grouped"}
 
 
+@pytest.mark.parametrize(("rank", "most_stacked"), [(3, 256), (4, 0)], ids=["each expert apart", "several at once"])
 @pytest.mark.parametrize("are_copies", [False, True], ids=["unlike", "copies"])
 @pytest.mark.parametrize("kind", DENSE_MLPS, ids=str)
-def test_every_kind_of_mlp(kind, are_copies, kernels):
+def test_every_kind_of_mlp(kind, are_copies, rank, most_stacked, kernels, monkeypatch):
+    monkeypatch.setattr(shared_base, "MOST_STACKED", most_stacked)
     made = block(DENSE_MLPS[kind]())
     if are_copies:
         make_copies(made)
     names = [f"experts.{name}" for name in made.experts.stacks]
-    model = adapted(torch.nn.ModuleDict({"block": made}), names)
+    model = adapted(torch.nn.ModuleDict({"block": made}), names, rank)
     results = []
     for enabled in (True, False):
         model.zero_grad()
