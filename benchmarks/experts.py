@@ -2,14 +2,15 @@
 
 Run: python -m benchmarks.experts --runs 15
 
-`dense` is the parent's MLP, of the experts' width. Ratios are to it, medians of runs in turn. `active` is a dense MLP
-of as many numbers as a token's experts have together, what full experts can reach at best. `decode` is one token.
-`fresh` is new routing at every call over the same routing again and again, forward and backward. Peaks are of forward
-and backward, above weights and their gradients.
+`dense` is the parent's MLP, of the experts' width. The first ratio is to it, medians of runs in turn. `active`, which
+the second ratio is to, is a dense MLP of as many numbers as a token's experts have together: of equal active
+operations, what full experts can reach at best. `decode` is one token. `fresh` is a pass with routing that was never
+seen over the same pass once more, forward and backward. Peaks are of forward and backward, above weights and their
+gradients.
 
 Goals, in float32: delta at most 1.3 times dense forward and backward from 64 tokens on, and ahead of full experts
 everywhere; in bfloat16: fresh at most 1.1. `--work` counts operations instead, which grow at most linearly with
-experts.
+experts, beside those of the dense MLP.
 """
 
 import argparse
@@ -18,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from benchmarks.measuring import describe_machine, in_turn, peak_bytes
+from benchmarks.measuring import count_operations, describe_machine, in_turn, peak_bytes
 from modeling_vlmoe import MoEConfig
 from modeling_vlmoe.sparse_moe import SparseMoE
 
@@ -32,33 +32,40 @@ WIDTH, RANK = 1024, 16
 TOKENS = (1, 64, 1024)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KERNELS = ("eager", "grouped_mm")
-NUM_ROUTINGS = 64
 COLUMNS = ("experts", "dtype", "tokens", "way", "forward", "forward + backward", "fresh", "peak, MB")
 
 
 class Routing:
-    """Random choices of K of E experts, each a new one or always the same.
+    """Random choices of K of E experts.
 
     Args:
         num_tokens: T.
         num_experts: E.
         num_picked: K.
-        is_fresh: whether every call gives another.
     """
 
-    def __init__(self, num_tokens: int, num_experts: int, num_picked: int, is_fresh: bool):
-        self.made = []
-        for seed in range(NUM_ROUTINGS if is_fresh else 1):
-            generator = torch.Generator().manual_seed(seed)
-            skew = torch.randn(num_experts, generator=generator)  # experts are unevenly liked, as real ones
-            logits = torch.randn(num_tokens, num_experts, generator=generator) + skew
-            weight, expert = logits.softmax(-1).topk(num_picked)
-            self.made.append((expert, weight.requires_grad_()))
-        self.calls = 0
+    def __init__(self, num_tokens: int, num_experts: int, num_picked: int):
+        self.shape = num_tokens, num_experts, num_picked
+        self.seed = 0
+        self.choice = self._draw()
 
-    def __call__(self) -> tuple[Tensor, Tensor]:
-        self.calls += 1
-        return self.made[self.calls % len(self.made)]
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        num_tokens, num_experts, num_picked = self.shape
+        generator = torch.Generator().manual_seed(self.seed)
+        skew = torch.randn(num_experts, generator=generator)  # experts are unevenly liked, as real ones
+        logits = torch.randn(num_tokens, num_experts, generator=generator) + skew
+        weight, expert = logits.softmax(-1).topk(num_picked)
+        return expert, weight.requires_grad_()
+
+    def again(self) -> tuple[Tensor, Tensor]:
+        """The last choice: experts (T, K), weights (T, K)."""
+        return self.choice
+
+    def new(self) -> tuple[Tensor, Tensor]:
+        """Another choice."""
+        self.seed += 1
+        self.choice = self._draw()
+        return self.choice
 
 
 def build(kind: str, setting: str, dtype: torch.dtype) -> nn.Module:
@@ -84,13 +91,13 @@ def build(kind: str, setting: str, dtype: torch.dtype) -> nn.Module:
     return made
 
 
-def run(module: nn.Module, x: Tensor, routing: Routing, backward: bool) -> Callable[[], None]:
+def run(module: nn.Module, x: Tensor, route: Callable[[], tuple], backward: bool = True) -> Callable[[], None]:
     """One pass, as a function."""
     gradient = torch.ones_like(x)
 
     def work() -> None:
         with torch.set_grad_enabled(backward):
-            out = module(x) if isinstance(module, LlamaMLP) else module(x, *routing())
+            out = module(x) if isinstance(module, LlamaMLP) else module(x, *route())
             if backward:
                 out.backward(gradient)
 
@@ -102,34 +109,30 @@ def measure(setting: str, dtype_name: str, num_tokens: int, kinds: list[str], ru
     num_experts, num_picked, _ = SETTINGS[setting]
     dtype = DTYPES[dtype_name]
     modules = {kind: build(kind, setting, dtype) for kind in kinds}
+    routings = {kind: Routing(num_tokens, num_experts, num_picked) for kind in kinds}
     x = torch.randn(num_tokens, WIDTH).to(dtype).requires_grad_()
-    fixed, fresh = (Routing(num_tokens, num_experts, num_picked, is_fresh) for is_fresh in (False, True))
-    forward = in_turn({kind: run(one, x, fixed, backward=False) for kind, one in modules.items()}, runs)
-    both = in_turn({kind: run(one, x, fixed, backward=True) for kind, one in modules.items()}, runs)
-    sparse = {kind: one for kind, one in modules.items() if kind not in ("dense", "active")}
-    passes = {(kind, is_fresh): run(one, x, way, backward=True) for kind, one in sparse.items()
-              for is_fresh, way in ((False, fixed), (True, fresh))}  # fmt: skip
-    again = in_turn({f"{kind} {is_fresh}": work for (kind, is_fresh), work in passes.items()}, runs)
-    for kind, module in modules.items():
-        ratio = f"{again[f'{kind} True'] / again[f'{kind} False']:.2f}" if kind in sparse else "-"
-        peak = peak_bytes(run(module, x, fixed, backward=True)) / 1e6
-        times = [f"{times[kind] * 1e3:.1f} ms, {times[kind] / times['dense']:.2f}" for times in (forward, both)]
-        what = "decode" if num_tokens == 1 else num_tokens
-        print(
-            f"| {setting} | {dtype_name} | {what} | {kind} | {times[0]} | {times[1]} | {ratio} | {peak:.0f} |",
-            flush=True,
-        )
+    works = {kind: run(one, x, routings[kind].again) for kind, one in modules.items()}
+    forward = in_turn({kind: run(one, x, routings[kind].again, False) for kind, one in modules.items()}, runs)
+    both = in_turn(works, runs)
+    peaks = {kind: peak_bytes(work) / 1e6 for kind, work in works.items()}
+    sparse = [kind for kind in kinds if kind not in ("dense", "active")]
+    turns = {f"{kind} new": run(modules[kind], x, routings[kind].new) for kind in sparse}
+    new = in_turn(turns | {f"{kind} again": works[kind] for kind in sparse}, runs)
+    for kind in kinds:
+        fresh = f"{new[f'{kind} new'] / new[f'{kind} again']:.2f}" if kind in sparse else "-"
+        cells = [setting, dtype_name, "decode" if num_tokens == 1 else num_tokens, kind]
+        for times in (forward, both):
+            ratios = [f"{times[kind] / times[other]:.2f}" for other in ("dense", "active") if other in times]
+            cells.append(", ".join([f"{times[kind] * 1e3:.1f} ms", *ratios]))
+        print(f"| {' | '.join(map(str, [*cells, fresh, f'{peaks[kind]:.0f}']))} |", flush=True)
 
 
-def count_work(num_experts: int, num_tokens: int = 64) -> int:
-    """Floating-point operations of delta experts, forward and backward, top-2."""
-    SETTINGS["counted"] = (num_experts, 2, 704)
-    module = build("delta", "counted", torch.float32)
+def count_work(kind: str, num_experts: int, num_picked: int, num_tokens: int = 64) -> float:
+    """Floating-point operations of a pass forward and backward, in thousands of millions."""
+    SETTINGS["counted"] = (num_experts, num_picked, 704)
     x = torch.randn(num_tokens, WIDTH, requires_grad=True)
-    work = run(module, x, Routing(num_tokens, num_experts, 2, is_fresh=False), backward=True)
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
+    work = run(build(kind, "counted", torch.float32), x, Routing(num_tokens, num_experts, num_picked).again)
+    return count_operations(work) / 1e9
 
 
 def main() -> None:
@@ -144,8 +147,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.work:
-        for num_experts in (2, 4, 8, 16, 32, 64):
-            print(f"{num_experts} experts: {count_work(num_experts) / 1e9:.2f} GFLOP", flush=True)
+        print(f"dense: {count_work('dense', 1, 1):.2f} GFLOP", flush=True)
+        for num_experts, num_picked in [(number, 2) for number in (2, 4, 8, 16, 32, 64)] + [(64, 8)]:
+            work = count_work("delta", num_experts, num_picked)
+            print(f"{num_experts} experts, top-{num_picked}: {work:.2f} GFLOP", flush=True)
         return
     print(f"{describe_machine()}\n\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
     for setting in args.settings:

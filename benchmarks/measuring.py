@@ -2,15 +2,16 @@
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from statistics import median
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 
-def in_turn(works: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
+def in_turn(works: Mapping[str, Callable[[], object]], runs: int) -> dict[str, float]:
     """The median seconds of each, run one after the other, again and again; a first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(runs + 1):
@@ -44,6 +45,24 @@ def peak_bytes(work: Callable[[], object]) -> int:
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(accumulate(event.nbytes() for event in events), default=0)
+
+
+def _matmul_operations(left: torch.Size, right: torch.Size) -> int:
+    return 2 * left[0] * left[1] * right[-1]
+
+
+# Products that torch's counter does not know (2.13).
+UNCOUNTED = {
+    torch.ops.aten._grouped_mm: lambda left, right, *args, **kwargs: _matmul_operations(left, right),
+    torch.ops.aten.addmm_: lambda total, left, right, **kwargs: _matmul_operations(left, right),
+}
+
+
+def count_operations(work: Callable[[], object]) -> int:
+    """The floating-point operations of all matrix products in some work."""
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def describe_machine() -> str:
