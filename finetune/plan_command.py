@@ -9,8 +9,6 @@ from .gpus import GPUS, gpu_bytes
 from .recipes import shipped_recipes
 
 DEFAULT_RECIPE = "lora"
-# What a recipe must say and a plan does not need.
-NOT_NEEDED = {"data": "none", "output_dir": "none", "report_to": "none"}
 
 
 def read_size(text: str) -> tuple[int, int]:

@@ -18,13 +18,15 @@ from .checkpoints import load_processor
 from .hollow_models import load_any_config
 from .memory_plan import RESERVE, MemoryPlan, estimate
 from .plan_batch import example_batch, largest_batch
-from .plan_command import NOT_NEEDED
 from .plan_words import fit, gigabytes, list_remedies, one_line, table
 from .remedies import MakeBatch, find_remedies, of_fewer_rows, three_remedies
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 2048
+# What a recipe must say and a plan does not need.
+NOT_NEEDED = {"data": "none", "output_dir": "none"}
+NO_REPORT = {"report_to": "none"}
 # What torch says when a CPU has no more memory, on Linux and on Windows: no class of errors of its own (2.13).
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
@@ -35,7 +37,7 @@ def read_plan_recipe(model: str, recipe: str, words: list[str]) -> FinetuneArgum
     Raises:
         ValueError: naming the key or the value that is wrong.
     """
-    values = NOT_NEEDED | read_recipe(recipe) | {"report_to": "none"} | read_overrides(words) | {"model": model}
+    values = NOT_NEEDED | read_recipe(recipe) | NO_REPORT | read_overrides(words) | {"model": model}
     return parse_settings(values, f"Recipe {recipe}")
 
 

@@ -108,12 +108,10 @@ class DeltaExperts(ExpertMaths):
         Raises:
             ValueError: if the experts are not as wide as the dense MLP.
         """
-        self.check_width(dense_mlp, layout)
+        weights = self.dense_weights(dense_mlp, layout)
         self.deltas.reset_parameters()
-        for name, sources in layout.expert_sources(self.is_biased).items():
-            tensors = [dense_mlp.get_parameter(source) for source in sources]
-            target = getattr(self.deltas if name.endswith("_bias") else self, name)
-            target.copy_(torch.cat([one.mT if layout.is_transposed and one.ndim == 2 else one for one in tensors]))
+        for name, weight in weights.items():
+            getattr(self.deltas if name.endswith("_bias") else self, name).copy_(weight)
 
     def base(self) -> SharedBase:
         """The experts as the kernel takes them."""

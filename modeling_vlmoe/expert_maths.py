@@ -81,11 +81,11 @@ class ExpertMaths(nn.Module):
         """The name of the weight that reads the MLP's input."""
         return "gate_up_proj" if self.is_gated else "up_proj"
 
-    def check_width(self, dense_mlp: nn.Module, layout: MLPLayout) -> None:
-        """Refuses to take the weights of an MLP of another width.
+    def dense_weights(self, dense_mlp: nn.Module, layout: MLPLayout) -> dict[str, Tensor]:
+        """What one expert that is the dense MLP holds, weights and biases, by their names.
 
         Raises:
-            ValueError: naming both widths.
+            ValueError: if the experts are not as wide as the dense MLP, naming both widths.
         """
         dense_width = in_features(dense_mlp.get_submodule(layout.down))
         if self.intermediate_size != dense_width:
@@ -93,6 +93,11 @@ class ExpertMaths(nn.Module):
                 f"moe_intermediate_size is {self.intermediate_size}, but the dense MLP is {dense_width} wide; a copy "
                 "keeps the width. Leave moe_intermediate_size out."
             )
+        found = {}
+        for name, sources in layout.expert_sources(self.is_biased).items():
+            tensors = [dense_mlp.get_parameter(source) for source in sources]
+            found[name] = torch.cat([one.mT if layout.is_transposed and one.ndim == 2 else one for one in tensors])
+        return found
 
     def combine(self, gate: Tensor, up: Tensor) -> Tensor:
         """From gate and up, (rows, F) each, to (rows, F), as the dense MLP does it."""

@@ -135,12 +135,8 @@ class Experts(ExpertMaths):
         Raises:
             ValueError: if the experts are not as wide as the dense MLP.
         """
-        self.check_width(dense_mlp, layout)
-        for name, sources in layout.expert_sources(self.is_biased).items():
-            tensors = [dense_mlp.get_parameter(source) for source in sources]
-            getattr(self, name).copy_(
-                torch.cat([one.mT if layout.is_transposed and one.ndim == 2 else one for one in tensors])
-            )
+        for name, weight in self.dense_weights(dense_mlp, layout).items():
+            getattr(self, name).copy_(weight)
 
     def forward(
         self,
