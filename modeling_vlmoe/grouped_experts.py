@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .expert_maths import ExpertMaths
-from .expert_paths import PathGroup, Paths, block_rows, can_join, gather_product
+from .expert_paths import PathGroup, Paths, block_rows, can_join, gather_product, laid_as, laid_out
 from .shared_base import LowRank, kept
 
 
@@ -81,7 +81,7 @@ class _Grouped(torch.autograd.Function):
         generator = _generator(dropout, x_TD.device)
         kept_rows = []
         given = (x_TD, weight_S, up, down, up_bias, down_bias, low_Sr, b_up, a_down, b_down)
-        b_up, b_down = _contiguous(b_up), _contiguous(b_down)
+        b_up, b_down = laid_out(b_up), laid_out(b_down)
         for group in groups:
             rows = group.product(x_TD.index_select(0, group.tokens), group.own(up).mT)
             if low_Sr is not None and b_up is not None:
@@ -107,7 +107,8 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple:
         x_TD, weight_S, up, down, up_bias, down_bias, low_Sr, b_up, a_down, b_down, *all_rows = ctx.saved_tensors
         maths, generator = ctx.maths, _generator(ctx.dropout, x_TD.device)
-        b_up, b_down = _contiguous(b_up), _contiguous(b_down)
+        given_b_up, given_b_down = b_up, b_down
+        b_up, b_down = laid_out(b_up), laid_out(b_down)
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         wanted = ctx.needs_input_grad[3:]
         d_x = x_TD.new_zeros(x_TD.shape, dtype=wide) if wanted[0] else None
@@ -164,12 +165,8 @@ class _Grouped(torch.autograd.Function):
             for total, one in zip(d_shared, found, strict=True):
                 if total is not None and one is not None:
                     total += one
+        made[5], made[7] = laid_as(d_b_up, given_b_up), laid_as(d_b_down, given_b_down)
         return None, None, None, None if d_x is None else d_x.to(x_TD.dtype), d_weight, *made, None, *d_shared
-
-
-def _contiguous(pair: Tensor | None) -> Tensor | None:
-    """For one pass alone: PEFT's is a view of another order, and a copy that is kept would be another adapter."""
-    return None if pair is None else pair.contiguous()
 
 
 def _generator(dropout: tuple[float, int], device: torch.device) -> torch.Generator | None:
@@ -202,7 +199,7 @@ def run_grouped(full: FullExperts, x_TD: Tensor, expert_TK: Tensor, weight_TK: T
         low_Sr = None
         if full.up_pair is not None:
             seen = F.dropout(x, full.dropout) if full.dropout else x
-            low_Sr = gather_product(seen, full.up_pair.a, paths, None if full.up_pair.is_stacked else groups)
+            low_Sr = gather_product(seen, full.up_pair.a, paths, None if full.up_pair.is_stacked(x.dtype) else groups)
             low_Sr = low_Sr * full.up_pair.scale
         up_pair, down_pair = full.up_pair, full.down_pair
         out = _Grouped.apply(

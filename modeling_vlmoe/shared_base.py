@@ -25,10 +25,22 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .expert_maths import ExpertMaths
-from .expert_paths import PathGroup, Paths, block_rows, can_join, gather_product, sum_product
+from .expert_paths import (
+    HALF,
+    PathGroup,
+    Paths,
+    block_rows,
+    can_join,
+    gather_product,
+    laid_as,
+    laid_out,
+    sum_product,
+)
 
-# Up to E r of this, one product with all experts' low-rank weights costs less than one product for each of them.
+# Up to E r of this, one product with all experts' low-rank weights costs less than one product for each of them. In
+# half precision on a CPU large products are faster, and small ones are not.
 MOST_STACKED = 256
+HALF_FACTOR = 4
 
 
 @dataclass(frozen=True)
@@ -45,10 +57,10 @@ class LowRank:
     b: Tensor
     scale: float = 1.0
 
-    @property
-    def is_stacked(self) -> bool:
-        """Whether one product with all experts' weights, and a mask, is the cheaper form."""
-        return self.a.shape[0] * self.a.shape[1] <= MOST_STACKED
+    def is_stacked(self, dtype: torch.dtype) -> bool:
+        """Whether one product with all experts' weights, in a dtype, and a mask, is the cheaper form."""
+        factor = HALF_FACTOR if dtype in HALF and self.a.device.type == "cpu" else 1
+        return self.a.shape[0] * self.a.shape[1] <= MOST_STACKED * factor
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -122,7 +134,7 @@ class _Activated(torch.autograd.Function):
         sum_TF = base_TR.new_zeros(len(base_TR), maths.intermediate_size, dtype=wide)
         low_down = None if a_down is None else base_TR.new_zeros(len(weight_S), a_down.shape[1])
         generator = _generator(ctx)
-        b_up = None if b_up is None else b_up.contiguous()  # for this pass alone: PEFT's is a view of another order
+        b_up = laid_out(b_up)
         for group in groups:
             weight = group.weights(weight_S)
             hidden = maths.activate(_before_activation(group, base_TR, low_Sr, b_up, bias_ER))
@@ -143,7 +155,7 @@ class _Activated(torch.autograd.Function):
         wide = torch.promote_types(base_TR.dtype, torch.float32)
         d_base = base_TR.new_zeros(base_TR.shape, dtype=wide)
         d_weight = torch.zeros_like(weight_S)
-        b_up = None if b_up is None else b_up.contiguous()
+        given_b, b_up = b_up, laid_out(b_up)
         d_low, d_b, d_a, d_bias = (_zeros(one) for one in (low_Sr, b_up, a_down, bias_ER))
         shared = maths.shared_parameters()
         d_shared = [torch.zeros_like(one) if one.requires_grad else None for one in shared]
@@ -176,6 +188,7 @@ class _Activated(torch.autograd.Function):
             for total, one in zip(d_shared, found, strict=True):
                 if total is not None and one is not None:
                     total += one
+        d_b = laid_as(d_b, given_b)
         return None, None, None, d_base.to(base_TR.dtype), d_low, d_weight, d_b, d_a, d_bias, *d_shared
 
 
@@ -250,7 +263,7 @@ def is_masked(base: SharedBase, device: torch.device) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     pairs = [pair for pair in (base.up_pair, base.down_pair) if pair is not None]
-    return device.type != "cpu" and not base.dropout and all(pair.is_stacked for pair in pairs)
+    return device.type != "cpu" and not base.dropout and all(pair.is_stacked(torch.float32) for pair in pairs)
 
 
 def run_shared_base(base: SharedBase, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -271,7 +284,7 @@ def run_shared_base(base: SharedBase, x_TD: Tensor, expert_TK: Tensor, weight_TK
     groups = None if masked else paths.groups(dtype, block_rows(base_TR.shape[1]), base.can_join(dtype))
 
     def grouped(pair: LowRank) -> list[PathGroup] | None:
-        return None if masked or pair.is_stacked else groups
+        return None if masked or pair.is_stacked(dtype) else groups
 
     low_Sr = None
     if base.up_pair is not None:
