@@ -22,7 +22,8 @@ from .export_meaning import carried_meaning, check_experts, compare, text_meanin
 from .export_proof import LOGITS, NUM_TOKENS, ExportProof, run_proof
 from .gaps import Findings, ProofError
 from .host_export import HostExportPlan
-from .host_processors import VIDEO, load_processor, process, process_video, processor_files
+from .host_processor_classes import VIDEO
+from .host_processors import load_processor, process, process_video, processor_files
 from .host_proof import NUM_FRAMES, accepted, host_logits
 from .host_targets import HOST_PAIRS, dense_values, is_tied, text_part, text_place
 from .mapped_maths import mapped_maths

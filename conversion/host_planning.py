@@ -16,7 +16,8 @@ from modeling_vlmoe.parts import text_root, vision_root
 from .arguments import NATIVE, UpcycleArguments
 from .dense_tensors import DenseTensors
 from .host_parents import host_values
-from .host_processors import check_image_processor_named, copy_processor, from_parent, name_class
+from .host_processor_classes import check_image_processor_named, name_classes
+from .host_processors import copy_processor, from_parent
 from .mapping import DenseTensor, map_tensors, sparse_mlps
 from .meta_models import build_vlm
 from .native_tensors import find_native_tensors
@@ -46,9 +47,9 @@ class InPlacePlan(UpcyclePlan):
         return [f"stays dense: {', '.join(self.dense_vits)}, beside the ViT with experts"] if self.dense_vits else []
 
     def write_processor(self, folder: Path) -> None:
-        """The host's processor, untouched, but for the name of its class where its files do not have it."""
+        """The host's processor, untouched, but for names of classes that transformers would not find by our type."""
         copy_processor(self.parents["vlm"].folder, folder)
-        name_class(folder, self.processor)
+        name_classes(folder, self.processor, self.config.body_model_type)
 
     def describe_images(self) -> dict[str, Any]:
         """How images are read is the host's own matter."""

@@ -1,6 +1,5 @@
 """The processor of a VLM that stays in its own class: its files, untouched, and what it makes of pictures and text."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +11,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 from transformers import AutoProcessor, ProcessorMixin
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
-from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
-    IMAGE_PROCESSOR_NAME,
     PROCESSOR_NAME,
-    VIDEO_PROCESSOR_NAME,
     is_torchvision_available,
 )
 
@@ -28,20 +23,14 @@ from modeling_vlmoe.companions import CARRIED
 from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
 from modeling_vlmoe.model_cards.side_files import EVAL_RESULTS_NAME, TRAINER_STATE_NAME
 
+from .host_processor_classes import VIDEO, processor_class_of
 from .parents import BROKEN, WANTED_FILES, Parent
-from .streaming import read_json
 
 # In a parent's folder, but not its processor's; weights and their index are told by their names' ends.
 RESULTS = (EVALUATION_NAME, EVAL_RESULTS_NAME, TRAINER_STATE_NAME, "train_results.json", "all_results.json")
 OTHERS = {CONFIG_NAME, GENERATION_CONFIG_NAME, ADAPTER_CONFIG_NAME, *CARRIED, *RESULTS}
 WEIGHTS = (".safetensors", ".index.json")
 TEMPLATES = "additional_chat_templates"
-IMAGE, VIDEO = "image_processor", "video_processor"
-# Fields that tell the class of an image processor, first the one that transformers writes.
-IMAGE_CLASS = ("image_processor_type", "feature_extractor_type", "auto_map")
-PROCESSOR_CLASS = "processor_class"
-# Files that may name it.
-NAMING = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, TOKENIZER_CONFIG_FILE)
 # What processors call the placeholder of an image in a text, the one that they read first.
 PLACEHOLDERS = ("boi_token", "image_token")
 QUESTION = "What is in the picture, and which colour does it have?"
@@ -120,53 +109,6 @@ def without_videos(processor_class: Any, folder: Path | None = None) -> Any:
 def _rebuild(processor_class: Any, folder: Path | None) -> Any:
     made = without_videos(processor_class, folder)
     return made.__new__(made)
-
-
-def named_class(folder: Path) -> str | None:
-    """The processor's class that a folder's files name, in the order in which transformers looks; None where none
-    does.
-    """
-    files = (folder / name for name in NAMING)
-    return next((name for file in files if file.is_file() and (name := read_json(file).get(PROCESSOR_CLASS))), None)
-
-
-def processor_class_of(folder: Path, model_type: str | None) -> Any:
-    """The class that a folder names as its processor's, else that of the model; None where there is none."""
-    name = named_class(folder) or PROCESSOR_MAPPING_NAMES.get(model_type or "")
-    return None if name is None else processor_class_from_name(name)
-
-
-def name_class(folder: Path, processor: Any) -> None:
-    """Names a processor's class in a folder whose files do not: by our model type transformers would not find it."""
-    if named_class(folder) is None:
-        file = folder / PROCESSOR_NAME
-        values = read_json(file) if file.is_file() else {}
-        file.write_text(json.dumps(values | {PROCESSOR_CLASS: type(processor).__name__}, indent=2) + "\n")
-
-
-def check_image_processor_named(folder: Path, processor: Any) -> None:
-    """Refuses a processor whose files do not name the class of their image processor: transformers then goes by the
-    model's type, which becomes another.
-
-    Args:
-        folder: Where its files are.
-        processor: What was loaded from there.
-
-    Raises:
-        ValueError: naming the file and the field.
-    """
-    names = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)
-    files = {name: read_json(folder / name) for name in names if (folder / name).is_file()}
-    inside = files.get(PROCESSOR_NAME, {}).get(IMAGE)
-    file, values = (PROCESSOR_NAME, inside) if inside else (IMAGE_PROCESSOR_NAME, files.get(IMAGE_PROCESSOR_NAME))
-    if values is None or any(values.get(name) for name in IMAGE_CLASS):
-        return
-    where = f", under {IMAGE!r}," if inside else ""
-    wanted = type(getattr(processor, IMAGE)).__name__.removesuffix("Pil")
-    raise ValueError(
-        f"{folder / file}{where} has no {IMAGE_CLASS[0]}. transformers goes by the model_type then, and that of the "
-        f'sparse model is another. Add "{IMAGE_CLASS[0]}": "{wanted}" to it.'
-    )
 
 
 def load_processor(folder: Path, given: str, model_type: str | None) -> tuple[Any, str | None]:

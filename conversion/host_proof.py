@@ -13,7 +13,8 @@ from transformers.utils import PROCESSOR_NAME
 from .dense_runs import DenseRun, reference_model
 from .gaps import ProofError, nudge
 from .host_planning import InPlacePlan
-from .host_processors import VIDEO, load_processor, process, process_video
+from .host_processor_classes import VIDEO, is_same_tokenizer
+from .host_processors import load_processor, process, process_video
 from .part_proofs import PartProof
 from .probes import hooked
 from .processors import SHOWN_SIZES
@@ -77,6 +78,11 @@ class HostProof(PartProof):
             written, _ = load_processor(self.folder, "What was written", None)
         except ValueError as error:
             raise ProofError(f"The processor that was written cannot be loaded: {error}") from error
+        if not is_same_tokenizer(written, plan.processor):
+            raise ProofError(
+                f"The tokenizer that was written ({type(written.tokenizer).__name__}) does not split texts as its "
+                f"parent's ({type(plan.processor.tokenizer).__name__}). No checkpoint is written."
+            )
         pictures = [self.noise(0, SHOWN_SIZES[0])]
         found = {"picture": process(written, pictures, given)}
         wanted = process(plan.processor, pictures, given)

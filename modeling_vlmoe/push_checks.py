@@ -27,7 +27,8 @@ from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
 )
 
-from modeling_vlmoe.conversion.host_processors import load_processor, processor_class_of
+from modeling_vlmoe.conversion.host_processor_classes import processor_class_of
+from modeling_vlmoe.conversion.host_processors import load_processor
 from modeling_vlmoe.conversion.streaming import CheckpointReader, read_json
 from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
 from modeling_vlmoe.model_cards.licences import read_metadata

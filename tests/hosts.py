@@ -21,7 +21,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
 from modeling_vlmoe import VLMoEProcessor
-from modeling_vlmoe.conversion.host_processors import VIDEO, without_videos
+from modeling_vlmoe.conversion.host_processor_classes import VIDEO
+from modeling_vlmoe.conversion.host_processors import without_videos
 from tests import tiny
 
 SIDE, PATCH = 32, 8  # of an image and of a patch, in pixels

@@ -14,7 +14,8 @@ from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
 from modeling_vlmoe.cli import describe_result
 from modeling_vlmoe.conversion import ProofError, UpcycleArguments, upcycle
 from modeling_vlmoe.conversion.host_planning import other_vits, plan_in_place
-from modeling_vlmoe.conversion.host_processors import VIDEO, load_processor, process_video, processor_files
+from modeling_vlmoe.conversion.host_processor_classes import VIDEO
+from modeling_vlmoe.conversion.host_processors import load_processor, process_video, processor_files
 from modeling_vlmoe.conversion.parents import open_parents
 from modeling_vlmoe.conversion.planning import asked_experts, plan_upcycle
 from modeling_vlmoe.conversion.upcycle import preview, write_proved
@@ -187,6 +188,8 @@ def test_the_processor_is_the_hosts_untouched(upcycled, family):
     dense, sparse = upcycled(family)
     names = {file.name for file in processor_files(dense)}
     assert {"tokenizer.json", "processor_config.json"} <= names
+    if family == "qwen3_5":  # of which transformers takes another class than the file names, by its type
+        names.remove("tokenizer_config.json")
     assert all((dense / name).read_bytes() == (sparse / name).read_bytes() for name in names)
 
 

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, is_torchvision_available
 
 from modeling_vlmoe.conversion import UpcycleArguments, upcycle
-from modeling_vlmoe.conversion.host_processors import VIDEO, open_processor, processor_files
+from modeling_vlmoe.conversion.host_processor_classes import VIDEO
+from modeling_vlmoe.conversion.host_processors import open_processor, processor_files
 from modeling_vlmoe.finetune import evaluate_vqa, finetune, load_chat_data, load_finetuned
 from modeling_vlmoe.finetune.adapters import whole_connector
 from modeling_vlmoe.finetune.arguments import parse_settings
