@@ -65,9 +65,7 @@ def asked(body: Any, context: RouterContext | None, wants_logits: bool) -> Itera
 
 
 def add_routing(body: Any, outputs: Any, requests: dict[str, PartRequest], wants_logits: bool) -> Any:
-    """The host's outputs with the parts' answers; a tuple stays what it is."""
-    if not isinstance(outputs, ModelOutput):
-        return outputs
+    """The host's outputs with the parts' answers."""
     fields: dict[str, Any] = {}
     if wants_logits:
         fields = {LOGITS[part]: tuple(request.router_logits) for part, request in requests.items()}
@@ -86,6 +84,11 @@ def wants_router_logits(body: Any, given: bool | None) -> bool:
     return bool(getattr(part_config(body.config, "text"), "output_router_logits", False))
 
 
+def wants_tuple(model: Any, given: bool | None) -> bool:
+    """Whether outputs are asked for as a tuple: by the caller, else by the configuration, as the host does it."""
+    return not (getattr(model.config, "return_dict", True) if given is None else given)
+
+
 def run_routed(model: Any, dense_forward: Callable[..., Any], given: dict[str, Any]) -> Any:
     """The host's forward, around which the sparse parts are asked.
 
@@ -98,7 +101,8 @@ def run_routed(model: Any, dense_forward: Callable[..., Any], given: dict[str, A
 
     Returns:
         The host's outputs, with `router_logits`, `vision_router_logits`, `connector_router_logits` where they are
-        asked for, and in training `router_losses` and `aux_loss` (see `VLMoEModelOutputWithPast`).
+        asked for, and in training `router_losses` and `aux_loss` (see `VLMoEModelOutputWithPast`); as a tuple where
+        that is asked for.
     """
     body = model.base_model
     if body.is_asked:
@@ -109,9 +113,14 @@ def run_routed(model: Any, dense_forward: Callable[..., Any], given: dict[str, A
     context = body.router_context(given.get("attention_mask"), share, has_loss=labels is not None)
     if context is None and not wants_logits:
         return dense_forward(model, **given)
+    is_tuple = wants_tuple(model, given.get("return_dict"))
+    if is_tuple:  # a tuple does not say where the loss is
+        given["return_dict"] = True
     with asked(body, context, wants_logits) as requests:
         found = dense_forward(model, **given)
+    if not isinstance(found, ModelOutput):
+        raise TypeError(f"{type(model).__name__} gave a {type(found).__name__} where a ModelOutput was asked for.")
     outputs: Any = add_routing(body, found, requests, wants_logits)
-    if labels is not None and isinstance(outputs, ModelOutput) and outputs.get("loss") is not None:
+    if labels is not None and outputs.get("loss") is not None:
         outputs["loss"] = follow_loss(outputs["loss"], context)
-    return outputs
+    return outputs.to_tuple() if is_tuple else outputs

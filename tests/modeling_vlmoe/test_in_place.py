@@ -140,6 +140,26 @@ def test_every_weight_learns(family):
     assert all(any(piece in name for piece in behind) for name in idle), idle
 
 
+# Configured so, the dense Qwen2.5-VL itself fails.
+@pytest.mark.parametrize(("family", "is_configured"), [*((family, False) for family in FAMILIES), ("smolvlm", True)])
+def test_tuples_hold_what_the_outputs_hold(family, is_configured):
+    """And router losses follow the loss in them, scaled as it is."""
+    made, inputs = model(family).train(), given(family)
+    asked = inputs | {"labels": inputs["input_ids"], "output_router_logits": True}
+    wanted = made(**asked)
+    (0.01 * wanted.loss).backward()
+    routers = [one for name, one in made.named_parameters() if ".router." in name]
+    gradients = [one.grad for one in routers]
+    made.zero_grad()
+    made.config.return_dict = not is_configured
+    found = made(**asked) if is_configured else made(**asked, return_dict=False)
+    (0.01 * found[0]).backward()
+    assert type(found) is tuple
+    assert len(found) == len(wanted.to_tuple())
+    for one, gradient in zip(routers, gradients, strict=True):
+        torch.testing.assert_close(one.grad, gradient)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_can_be_taken_apart_and_put_together(family):
     """As DDP does, with what is inside them too (the features of the images)."""
