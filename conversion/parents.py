@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
-from transformers.utils import CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from modeling_vlmoe.configuration_vlmoe import VLMoEConfig
 from modeling_vlmoe.moe_config import PARTS, sparse_fields
@@ -106,9 +106,14 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """The configuration in a folder.
 
     Raises:
-        ValueError: when it is missing, broken, of a type transformers does not know, or quantised.
+        ValueError: when it is missing, an adapter's, broken, of a type transformers does not know, or quantised.
     """
     file = folder / CONFIG_NAME
+    if not file.is_file() and (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{folder} is an adapter of PEFT, without the model. Merge it into its model first, and give that one: "
+            "PeftModel.merge_and_unload(), then save_pretrained()."
+        )
     if "model_type" not in read_json(file):
         raise ValueError(f"{file} names no model_type. Give the folder of a transformers model.")
     try:
@@ -236,6 +241,10 @@ def open_parents(args: UpcycleArguments) -> dict[str, Parent]:
             "Give --text-model and --vision-model, or --vlm-model alone; "
             f"given: {', '.join(f'--{role}-model' for role in CHECKS if role in named) or 'none'}."
         )
-    return {
-        role: open_parent(given[role], role, getattr(args, f"{role}_revision")) for role in CHECKS if role in named
-    }
+    revisions = {role: getattr(args, f"{role}_revision") for role in CHECKS}
+    if lone := [role for role in CHECKS if revisions[role] is not None and role not in named]:
+        raise ValueError(
+            f"--{lone[0]}-revision {revisions[lone[0]]} is given, but no --{lone[0]}-model. Leave it out, or give the "
+            f"revision of what is given: {', '.join(f'--{role}-revision' for role in CHECKS if role in named)}."
+        )
+    return {role: open_parent(given[role], role, revisions[role]) for role in CHECKS if role in named}

@@ -81,9 +81,18 @@ class PartProof:
         try:
             with all_of([probe.noting() for probe in probes]):
                 wanted = dense()
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        except ProofError:
+            raise
+        except BROKEN as error:
             given = self.plan.parents[parent_of(self.plan, part)].given
-            raise ValueError(f"{given} cannot be run, as it is, on {part}: {error}. Mend or replace it.") from error
+            beside = " with its own processor," if part == "vlm" else ""
+            raise ValueError(
+                f"{given} cannot be run, as it is,{beside} on {part}: {error}. Mend or replace what does not belong "
+                "to it: its config.json, its processor or its weights."
+            ) from error
+        if broken := [what for what, result in wanted.items() if result.isnan().any()]:
+            given = self.plan.parents[parent_of(self.plan, part)].given
+            raise ValueError(f"{given} gives no numbers (NaN) as {broken[0]}: its weights are broken. Replace them.")
         try:
             with mapped_maths(), all_of([probe.comparing() for probe in probes]):
                 got = run_sparse()

@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from .moe_config import PARTS
 from .parts_config import MODEL_TYPE, ROUTING_OUTPUTS, PartsConfig
@@ -29,12 +30,17 @@ def body_config_class(model_type: str) -> type[PreTrainedConfig]:
     """The host's configuration class for a model type.
 
     Raises:
-        ValueError: if the installed transformers has none.
+        ValueError: if the installed transformers has none, or it is no VLM's.
     """
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"body_model_type is {model_type!r}, which the installed transformers does not know. Take the release "
             "that the model was made with (transformers_version in config.json), or a later one."
+        )
+    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ValueError(
+            f"body_model_type is {model_type!r}, which is no VLM of transformers. Expected the model_type of the dense "
+            "VLM that the model was made of; restore config.json as it was written."
         )
     return CONFIG_MAPPING[model_type]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from modeling_vlmoe.conversion import UpcycleArguments, upcycle
-from tests import tiny
+from tests import hosts, tiny
 
 ALL_SPARSE = {"text_experts": 8, "vision_experts": 4, "connector_experts": 4}
 
@@ -69,3 +69,24 @@ def leaves_nothing(tmp_path):
         assert sorted(tmp_path.iterdir()) == before
 
     return check
+
+
+def host_options(family):
+    """Every part of a family that can be sparse."""
+    asked = {"text_experts": 4, "vision_experts": 3}
+    return asked | ({"connector_experts": 4} if hosts.HOSTS[family].has_connector else {})
+
+
+@pytest.fixture(scope="session")
+def upcycled_host(tmp_path_factory):
+    """Gives a dense VLM's folder and that of the same VLM sparse in place, each written once, to be read only."""
+    root, made = tmp_path_factory.mktemp("hosts"), {}
+
+    def get(family):
+        if family not in made:
+            dense = hosts.save(root / family / "dense", family)
+            given = {"vlm_model": str(dense), "output_dir": str(root / family / "sparse")}
+            made[family] = dense, upcycle(UpcycleArguments(**given, **host_options(family)))
+        return made[family]
+
+    return get

@@ -8,9 +8,7 @@ import torch
 from safetensors import safe_open
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, is_torchvision_available
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
-from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
 from modeling_vlmoe.cli import describe_result
 from modeling_vlmoe.conversion import ProofError, UpcycleArguments, upcycle
 from modeling_vlmoe.conversion.host_planning import other_vits, plan_in_place
@@ -33,43 +31,22 @@ WITH_VIDEOS = [name for name, host in hosts.HOSTS.items() if VIDEO in hosts.proc
 PACKED_VIDEOS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 
-def options(family):
-    """Every part of a family that can be sparse."""
-    asked = {"text_experts": 4, "vision_experts": 3}
-    return asked | ({"connector_experts": 4} if hosts.HOSTS[family].has_connector else {})
-
-
-@pytest.fixture(scope="session")
-def upcycled(tmp_path_factory):
-    """Gives a dense VLM's folder and that of the same VLM sparse in place, each written once, to be read only."""
-    root, made = tmp_path_factory.mktemp("hosts"), {}
-
-    def get(family):
-        if family not in made:
-            dense = hosts.save(root / family / "dense", family)
-            given = {"vlm_model": str(dense), "output_dir": str(root / family / "sparse")}
-            made[family] = dense, upcycle(UpcycleArguments(**given, **options(family)))
-        return made[family]
-
-    return get
-
-
 def load(folder):
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def pair(upcycled, family):
+def pair(upcycled_host, family):
     """Both models and the written processor."""
-    dense, sparse = upcycled(family)
+    dense, sparse = upcycled_host(family)
     return load(dense), load(sparse), load_processor(sparse, family, family)[0]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_images", [(1,), (2,), (1, 2)], ids=str)
-def test_a_host_gives_the_dense_logits_and_tokens(upcycled, family, num_images):
+def test_a_host_gives_the_dense_logits_and_tokens(upcycled_host, family, num_images):
     """One picture, several of unlike sizes, and rows of unlike numbers of pictures."""
-    dense, sparse, processor = pair(upcycled, family)
+    dense, sparse, processor = pair(upcycled_host, family)
     host, given = hosts.HOSTS[family], hosts.inputs(processor, family, num_images)
     assert isinstance(sparse, type(dense))
     num_layers = sparse.config.get_text_config().num_hidden_layers
@@ -81,8 +58,8 @@ def test_a_host_gives_the_dense_logits_and_tokens(upcycled, family, num_images):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_of_a_padded_batch_is_what_it_is_alone(upcycled, family):
-    _, sparse, processor = pair(upcycled, family)
+def test_a_row_of_a_padded_batch_is_what_it_is_alone(upcycled_host, family):
+    _, sparse, processor = pair(upcycled_host, family)
     host = hosts.HOSTS[family]
     texts = [f"{host.place} what?", f"{host.place} what colour is the shape?"]
     pictures = [hosts.picture(1), hosts.picture(2)]
@@ -98,8 +75,8 @@ def test_a_row_of_a_padded_batch_is_what_it_is_alone(upcycled, family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", WITH_TILES)
-def test_tiling_on_and_off(upcycled, family):
-    dense, sparse, processor = pair(upcycled, family)
+def test_tiling_on_and_off(upcycled_host, family):
+    dense, sparse, processor = pair(upcycled_host, family)
     host, counts = hosts.HOSTS[family], []
     for is_tiled in (True, False):
         given = hosts.inputs(processor, family, (2,), **{host.tiles: is_tiled}, **host.tiling)
@@ -110,14 +87,14 @@ def test_tiling_on_and_off(upcycled, family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", WITH_VIDEOS)
-def test_a_hosts_own_videos_are_proved_or_said_not_to_be(upcycled, family):
+def test_a_hosts_own_videos_are_proved_or_said_not_to_be(upcycled_host, family):
     """Its video processor needs torchvision; with it, logits and greedy tokens are the dense ones."""
-    receipt = json.loads((upcycled(family)[1] / "upcycle_receipt.json").read_text())
+    receipt = json.loads((upcycled_host(family)[1] / "upcycle_receipt.json").read_text())
     is_proved = "logits of a video and text" in receipt["proof"]["gaps"]
     assert is_proved == is_torchvision_available()
     assert (receipt["settings"]["not_proved"] is None) == is_proved
     if is_proved:
-        dense, sparse, processor = pair(upcycled, family)
+        dense, sparse, processor = pair(upcycled_host, family)
         given = process_video(processor, [hosts.picture(number, (64, 48)) for number in range(4)])
         assert gap(sparse(**given).logits, dense(**given).logits) <= LIMIT
         assert torch.equal(*(one.generate(**given, max_new_tokens=8, do_sample=False) for one in (sparse, dense)))
@@ -125,9 +102,9 @@ def test_a_hosts_own_videos_are_proved_or_said_not_to_be(upcycled, family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", PACKED_VIDEOS)
-def test_a_video_beside_a_picture(upcycled, family):
+def test_a_video_beside_a_picture(upcycled_host, family):
     """Frames are packed as the pictures' patches are; the video's placeholders stand where the processor puts them."""
-    dense, sparse, processor = pair(upcycled, family)
+    dense, sparse, processor = pair(upcycled_host, family)
     given = hosts.inputs(processor, family, (2,))
     image, video = (dense.config.image_token_id, dense.config.video_token_id)
     ids, grids = given["input_ids"].clone(), given.pop("image_grid_thw")
@@ -145,9 +122,9 @@ def test_a_video_beside_a_picture(upcycled, family):
 
 
 @torch.no_grad()
-def test_a_video_of_frames_beside_a_picture(upcycled):
+def test_a_video_of_frames_beside_a_picture(upcycled_host):
     """LLaVA-OneVision pools each frame, and its ViT runs twice in a pass."""
-    dense, sparse, processor = pair(upcycled, "llava_onevision")
+    dense, sparse, processor = pair(upcycled_host, "llava_onevision")
     given = hosts.inputs(processor, "llava_onevision")
     frames = torch.stack([given["pixel_values"][0, 0], *given["pixel_values"][0, 1:3]])
     num_tokens = len(frames) * (hosts.SIDE // hosts.PATCH // 2) ** 2 + 1
@@ -174,8 +151,8 @@ def test_a_tied_head_stays_tied(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm", "llava_next"])
-def test_what_is_not_an_mlp_keeps_its_name_and_its_bytes(upcycled, family):
-    dense, sparse = upcycled(family)
+def test_what_is_not_an_mlp_keeps_its_name_and_its_bytes(upcycled_host, family):
+    dense, sparse = upcycled_host(family)
     stored, written = load(dense).state_dict(), load(sparse).state_dict()
     kept = [name for name in written if ".experts." not in name and ".router." not in name]
     assert all(torch.equal(written[name], stored[name]) for name in kept)
@@ -184,8 +161,8 @@ def test_what_is_not_an_mlp_keeps_its_name_and_its_bytes(upcycled, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_processor_is_the_hosts_untouched(upcycled, family):
-    dense, sparse = upcycled(family)
+def test_the_processor_is_the_hosts_untouched(upcycled_host, family):
+    dense, sparse = upcycled_host(family)
     names = {file.name for file in processor_files(dense)}
     assert {"tokenizer.json", "processor_config.json"} <= names
     if family == "qwen3_5":  # of which transformers takes another class than the file names, by its type
@@ -194,16 +171,16 @@ def test_the_processor_is_the_hosts_untouched(upcycled, family):
 
 
 @pytest.mark.parametrize("family", ["llava_next", "paligemma", "gemma3", "mistral3", "idefics3"])
-def test_auto_processor_gives_the_hosts(upcycled, family):
+def test_auto_processor_gives_the_hosts(upcycled_host, family):
     """The others' need torchvision, dense or sparse."""
-    dense, sparse = (AutoProcessor.from_pretrained(folder) for folder in upcycled(family))
+    dense, sparse = (AutoProcessor.from_pretrained(folder) for folder in upcycled_host(family))
     assert type(dense) is type(sparse)
     text = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which colour?"}]}]
     assert dense.apply_chat_template(text) == sparse.apply_chat_template(text)
 
 
-def test_the_configuration_is_the_hosts_with_experts(upcycled):
-    dense, sparse = (AutoConfig.from_pretrained(folder) for folder in upcycled("qwen2_5_vl"))
+def test_the_configuration_is_the_hosts_with_experts(upcycled_host):
+    dense, sparse = (AutoConfig.from_pretrained(folder) for folder in upcycled_host("qwen2_5_vl"))
     assert isinstance(sparse, type(dense))
     assert (sparse.model_type, sparse.body_model_type) == ("vlmoe", "qwen2_5_vl")
     assert sparse.text_moe.layers == [0, 1, 2]
@@ -212,8 +189,8 @@ def test_the_configuration_is_the_hosts_with_experts(upcycled):
     assert not hasattr(dense.text_config, "num_experts")
 
 
-def test_the_receipt_says_what_was_made_of_what(upcycled):
-    _, sparse = upcycled("internvl")
+def test_the_receipt_says_what_was_made_of_what(upcycled_host):
+    _, sparse = upcycled_host("internvl")
     receipt = json.loads((sparse / "upcycle_receipt.json").read_text())
     assert receipt["parents"]["vlm"]["model_type"] == "internvl"
     assert receipt["settings"]["body_model_type"] == "internvl"
@@ -233,15 +210,15 @@ def test_a_sharded_bfloat16_parent(tmp_path, family):
     assert AutoModelForImageTextToText.from_pretrained(out).dtype == torch.bfloat16
 
 
-def test_a_preview_says_what_would_be_written(upcycled):
-    dense, _ = upcycled("smolvlm")
+def test_a_preview_says_what_would_be_written(upcycled_host):
+    dense, _ = upcycled_host("smolvlm")
     text = preview(UpcycleArguments(vlm_model=str(dense)))
     assert "experts x" in text or "model.text_model.layers.*.mlp.experts.gate_up_proj [8, 96, 32]" in text
     assert "is drawn" not in text
 
 
-def test_it_can_be_pushed_and_packed(upcycled):
-    _, sparse = upcycled("smolvlm")
+def test_it_can_be_pushed_and_packed(upcycled_host):
+    _, sparse = upcycled_host("smolvlm")
     pushed = check_folder(sparse)
     assert {"modeling_in_place.py", "processor_config.json", "tokenizer.json"} <= set(pushed.files)
     assert pushed.left_out == []
@@ -259,7 +236,7 @@ def save_two_vits(folder):
     return folder
 
 
-def test_a_second_vit_that_stays_dense_is_named(upcycled, tmp_path):
+def test_a_second_vit_that_stays_dense_is_named(upcycled_host, tmp_path):
     """In what is planned, in the receipt, and where the command says what it wrote."""
     folder = save_two_vits(tmp_path / "dense")
     args = UpcycleArguments(vlm_model=str(folder), vision_experts=4)
@@ -272,7 +249,7 @@ def test_a_second_vit_that_stays_dense_is_named(upcycled, tmp_path):
     args = UpcycleArguments(vlm_model=str(folder), text_experts=4)  # nothing was asked of any ViT
     assert plan_in_place(args, asked_experts(args), parent, (plan.processor, None)).remarks == []
 
-    receipt = json.loads((upcycled("smolvlm")[1] / "upcycle_receipt.json").read_text())
+    receipt = json.loads((upcycled_host("smolvlm")[1] / "upcycle_receipt.json").read_text())
     assert receipt["settings"]["dense_vits"] == []
     receipt["settings"]["dense_vits"] = named
     (tmp_path / "upcycle_receipt.json").write_text(json.dumps(receipt))
@@ -318,18 +295,18 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_raises_when_a_host_is_changed(upcycled, tmp_path, name, leaves_nothing):
+def test_raises_when_a_host_is_changed(upcycled_host, tmp_path, name, leaves_nothing):
     change, message = MUTANTS[name]
-    dense, _ = upcycled("qwen2_5_vl")
-    plan = plan_upcycle(UpcycleArguments(vlm_model=str(dense), **options("qwen2_5_vl")))
+    dense, _ = upcycled_host("qwen2_5_vl")
+    plan = plan_upcycle(UpcycleArguments(vlm_model=str(dense), **host_options("qwen2_5_vl")))
     change(plan)
     with leaves_nothing(), pytest.raises(ProofError, match=message):
         write_proved(plan, tmp_path / "out", force=False)
 
 
-def test_raises_when_one_expert_is_another(upcycled, tmp_path, monkeypatch, leaves_nothing):
+def test_raises_when_one_expert_is_another(upcycled_host, tmp_path, monkeypatch, leaves_nothing):
     """Found although experts that were all given as one are read by the first."""
-    dense, _ = upcycled("llava_next")
+    dense, _ = upcycled_host("llava_next")
     plan = plan_upcycle(UpcycleArguments(vlm_model=str(dense), text_experts=4))
     whole = type(plan.mapping).blocks
 
@@ -346,99 +323,3 @@ def test_raises_when_one_expert_is_another(upcycled, tmp_path, monkeypatch, leav
         patched.setattr(type(plan.mapping), "blocks", wrong)
         with leaves_nothing(), pytest.raises(ProofError, match=r"layers\.1\.mlp on random input differs by"):
             write_proved(plan, tmp_path / "out", force=False)
-
-
-# What cannot be upcycled is refused ----------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("family", "asked", "message"),
-    [
-        ("gemma3", {"connector_experts": 4}, r"no MLPs of a known layout between its ViT and its LLM; .*Gemma3Multi"),
-        ("smolvlm", {"dense": True}, "--dense is given, but .* is a dense smolvlm already"),
-        ("smolvlm", {"format": "native"}, "--format native writes LLaVA .* is a smolvlm, which stays"),
-        ("smolvlm", {"vision_feature_layer": -1}, "--vision-feature-layer is given, but the connector of .*smolvlm"),
-        ("llava_next", {"vision_experts": 2, "vision_layers": "3"}, "the connector reads the output of layer 2"),
-        ("qwen2_vl", {"text_experts": 2, "text_layers": "7"}, "the text tower has 3"),
-        ("qwen2_vl", {"text_experts": 2, "text_top_k": 3}, "num_experts_per_tok is 3, but there are 2 experts"),
-    ],
-    ids=str,
-)
-def test_raises_when_a_host_cannot_be_upcycled(upcycled, tmp_path, family, asked, message, leaves_nothing):
-    dense, _ = upcycled(family)
-    with leaves_nothing(), pytest.raises(ValueError, match=message):
-        upcycle(UpcycleArguments(vlm_model=str(dense), output_dir=str(tmp_path / "out"), **asked))
-
-
-def test_raises_when_the_llm_is_sparse_already(tmp_path, leaves_nothing):
-    folder = tmp_path / "dense"
-    AutoConfig.for_model("qwen3_vl_moe").save_pretrained(folder)
-    with leaves_nothing(), pytest.raises(ValueError, match="whose LLM is already sparse: its qwen3_vl_moe_text"):
-        upcycle(UpcycleArguments(vlm_model=str(folder), output_dir=str(tmp_path / "out")))
-
-
-def test_raises_when_it_is_sparse_in_place_already(upcycled, tmp_path, leaves_nothing):
-    _, sparse = upcycled("smolvlm")
-    with leaves_nothing(), pytest.raises(ValueError, match="its text part is already sparse \\(4 experts\\)"):
-        upcycle(UpcycleArguments(vlm_model=str(sparse), output_dir=str(tmp_path / "out")))
-
-
-def test_raises_when_there_is_no_processor(tmp_path, leaves_nothing):
-    folder = tmp_path / "dense"
-    hosts.model("llava_next").save_pretrained(folder)
-    with leaves_nothing(), pytest.raises(ValueError, match="has no processor that can be loaded"):
-        upcycle(UpcycleArguments(vlm_model=str(folder), output_dir=str(tmp_path / "out")))
-
-
-def test_a_processor_that_no_file_names_is_named(tmp_path):
-    """Its class is found by the parent's model type, which what is written has no more."""
-    dense = hosts.save(tmp_path / "dense", "llava_next")
-    for file in (dense / "processor_config.json", dense / "tokenizer_config.json"):
-        values = json.loads(file.read_text())
-        values.pop("processor_class", None)
-        file.write_text(json.dumps(values))
-    out = upcycle(UpcycleArguments(vlm_model=str(dense), output_dir=str(tmp_path / "out"), text_experts=2))
-    assert type(AutoProcessor.from_pretrained(dense)) is type(AutoProcessor.from_pretrained(out))
-
-
-@pytest.mark.parametrize("is_apart", [False, True], ids=["processor_config", "preprocessor_config"])
-def test_raises_when_no_file_names_the_image_processor(tmp_path, is_apart, leaves_nothing):
-    """transformers finds it by the dense model's type; what is written has another."""
-    dense = hosts.save(tmp_path / "dense", "llava_next")
-    values = json.loads((dense / "processor_config.json").read_text())
-    values["image_processor"].pop("image_processor_type")
-    named = "processor_config.json, under 'image_processor',"
-    if is_apart:
-        named = "preprocessor_config.json"
-        (dense / named).write_text(json.dumps(values.pop("image_processor")))
-    (dense / "processor_config.json").write_text(json.dumps(values))
-    message = f'{dense}/{named} has no image_processor_type.*Add "image_processor_type": "LlavaNextImageProcessor"'
-    with leaves_nothing(), pytest.raises(ValueError, match=message):
-        upcycle(UpcycleArguments(vlm_model=str(dense), output_dir=str(tmp_path / "out"), text_experts=2))
-
-
-def test_raises_when_an_mlp_does_not_run_in_the_dense_model(upcycled, tmp_path, monkeypatch, leaves_nothing):
-    dense, _ = upcycled("llava_next")
-    plan = plan_upcycle(UpcycleArguments(vlm_model=str(dense), text_experts=4))
-    monkeypatch.setattr(MistralDecoderLayer, "forward", skip_the_second(MistralDecoderLayer.forward))
-    with leaves_nothing(), pytest.raises(ProofError, match=r"layers\.1\.mlp does not run in the dense model .* Leave"):
-        write_proved(plan, tmp_path / "out", force=False)
-
-
-def skip_the_second(forward):
-    def maybe(layer, hidden_states, *args, **kwargs):
-        if layer.self_attn.layer_idx == 1:
-            return hidden_states
-        return forward(layer, hidden_states, *args, **kwargs)
-
-    return maybe
-
-
-def test_raises_when_a_hosts_configuration_is_taken_for_a_composites(upcycled):
-    _, sparse = upcycled("llava_next")
-    config = AutoConfig.from_pretrained(sparse)
-    with pytest.raises(ValueError, match=r"of a llava_next that is sparse in place\. Make it by VLMoEConfig"):
-        VLMoEConfig(**config.to_dict())
-    with pytest.raises(ValueError, match=r"Build it by AutoModelForImageTextToText\.from_config"):
-        VLMoEForConditionalGeneration(config)
-    assert "image_hidden_states" in config.keys_to_ignore_at_inference

@@ -227,6 +227,9 @@ def test_settings_are_checked_and_overridden_as_in_our_composite(tmp_path):
             config("qwen2_5_vl", **fields)
     with pytest.raises(ValueError, match="body_model_type is 'no-such', which the installed transformers"):
         VLMoEConfig.from_dict({"body_model_type": "no-such"})
+    for other in ("bert", "vlmoe"):
+        with pytest.raises(ValueError, match=f"body_model_type is '{other}', which is no VLM of transformers"):
+            VLMoEConfig.from_dict({"body_model_type": other})
 
 
 def test_raises_when_a_tower_has_fewer_layers_than_its_configuration_says():
