@@ -21,6 +21,7 @@ from modeling_vlmoe.push_checks import check_folder
 from modeling_vlmoe.quantization import quantize_experts
 from modeling_vlmoe.towers import sparse_blocks
 from tests import hosts, tiny
+from tests.conversion.conftest import host_options
 from tests.models import gap
 
 LIMIT = 1e-5
