@@ -13,12 +13,18 @@ from .grouped_experts import full_experts, run_grouped
 from .hollow_tensors import is_hollow
 from .shared_base import LowRank, SharedBase, run_shared_base
 
-SAMPLED = 8  # numbers per expert that are compared at every pass
+SAMPLED = 16  # rows, and columns of each, per expert that are compared at every pass
 
 
 def _marks(tensors: list[Tensor]) -> tuple:
-    """What changes when weights are replaced or written."""
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    """What changes when weights are replaced or written; those made for inference alone count no writes."""
+    return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors)
+
+
+def _sample(stack: Tensor) -> Tensor:
+    """Some numbers of each expert, (E, rows, columns), from all over its weight."""
+    rows, columns = (max(1, side // SAMPLED) for side in stack.shape[1:])
+    return stack[:, rows - 1 :: rows, columns - 1 :: columns]
 
 
 @torch.no_grad()
@@ -26,13 +32,14 @@ def are_copies(experts: Any) -> bool:
     """Whether experts are copies of one another that nothing trains.
 
     They are compared once, and again when the weights are replaced or written. What is written past autograd's
-    notice (`tensor.data`) is noticed by a sample that is compared every time. Weights without numbers are none.
+    notice (`tensor.data`, as PEFT does when it merges) is noticed by a sample from all over the weights, which is
+    compared every time; a write to a few numbers is not. Weights without numbers are none.
     """
     tensors = [getattr(experts, name) for name in experts.stacks]
     if experts.num_experts == 1 or any(tensor.requires_grad or is_hollow(tensor) for tensor in tensors):
         return False
     for tensor in tensors:
-        sample = tensor[:, -1, :SAMPLED]
+        sample = _sample(tensor)
         if not torch.equal(sample, sample[:1].expand_as(sample)):
             return False
     known = experts.__dict__.get("_copies")

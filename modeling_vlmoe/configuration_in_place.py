@@ -39,8 +39,8 @@ def body_config_class(model_type: str) -> type[PreTrainedConfig]:
         )
     if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ValueError(
-            f"body_model_type is {model_type!r}, which is no VLM of transformers. Expected the model_type of the dense "
-            "VLM that the model was made of; restore config.json as it was written."
+            f"body_model_type is {model_type!r}, which is no VLM of transformers. Expected the model_type of the "
+            "dense VLM that the model was made of; restore config.json as it was written."
         )
     return CONFIG_MAPPING[model_type]
 

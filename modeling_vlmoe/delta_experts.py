@@ -71,6 +71,9 @@ class DeltaExperts(ExpertMaths):
         moe: the part's `MoEConfig`: `num_experts`, `expert_rank`, `train_expert_base`.
         dense_mlp: gives layout, widths, biases and activation, as for `Experts`.
         layout: the dense MLP's, where it is known.
+
+    Raises:
+        ValueError: if the rank is larger than a side of the weights, or the dense MLP is none that experts can be.
     """
 
     gate_up_proj: Tensor
@@ -83,6 +86,11 @@ class DeltaExperts(ExpertMaths):
         down: Any = dense_mlp.get_submodule(layout.down)
         self.num_experts, self.rank = moe.num_experts, moe.expert_rank
         self.is_base_trained = moe.train_expert_base
+        if self.rank > (most := min(side for shape in self.weight_shapes.values() for side in shape)):
+            raise ValueError(
+                f"expert_rank is {self.rank}, but a weight of the experts has a side of {most}: a rank above that "
+                "adds nothing. Choose a smaller one."
+            )
         for name, shape in self.weight_shapes.items():
             weight = torch.empty(shape, dtype=down.weight.dtype, device=down.weight.device)
             self.register_parameter(name, nn.Parameter(weight))
@@ -134,11 +142,6 @@ class DeltaExperts(ExpertMaths):
             (T, O).
         """
         return run_shared_base(self.base(), hidden_states, top_k_index, top_k_weights)
-
-    def dense_stack(self, name: str) -> Tensor:
-        """One weight of every expert as `Experts` holds it, (E, rows, columns), summed in float32."""
-        weight, a, b = getattr(self, name), getattr(self.deltas, f"{name}_a"), getattr(self.deltas, f"{name}_b")
-        return (weight.float() + b.float() @ a.float()).to(weight.dtype)
 
 
 def delta_experts(model: nn.Module) -> list[tuple[str, DeltaExperts]]:

@@ -13,6 +13,36 @@ from .mlp_layouts import MLPLayout, find_activation, find_inner_norm, find_layou
 
 
 @dataclass(frozen=True)
+class Autocast:
+    """An autocast, to be on again in backward as it was in forward.
+
+    Attributes:
+        device_type: of the tensors.
+        is_on: whether it was on.
+        dtype: to what.
+    """
+
+    device_type: str
+    is_on: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls, device: torch.device) -> "Autocast":
+        """The one that is on for a device."""
+        kind = device.type
+        return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+
+    @classmethod
+    def off(cls, device: torch.device) -> "Autocast":
+        """None."""
+        return cls(device.type, False, torch.get_autocast_dtype(device.type))
+
+    def on(self) -> torch.autocast:
+        """The context."""
+        return torch.autocast(self.device_type, self.dtype, self.is_on)
+
+
+@dataclass(frozen=True)
 class Replay:
     """An activation that is run again in backward.
 
@@ -116,14 +146,20 @@ class ExpertMaths(nn.Module):
         """What follows the first product, (rows, 2F) or (rows, F), before the second: (rows, F)."""
         return self._apply_gate(rows) if self.is_gated else self.act_fn(rows)
 
-    def replay(self, rows: Tensor) -> "Replay":
+    def activate_as(self, rows: Tensor, autocast: Autocast) -> Tensor:
+        """The same under an autocast, in the rows' dtype: a learnt activation or a norm may give another."""
+        with autocast.on():
+            return self.activate(rows).to(rows.dtype)
+
+    def replay(self, rows: Tensor, autocast: Autocast) -> "Replay":
         """Activates rows, (rows, 2F) or (rows, F), again, for a gradient."""
         parts = rows.chunk(2, dim=-1) if self.is_gated else (rows,)
         parts = tuple(part.detach().requires_grad_() for part in parts)
-        with torch.enable_grad():
+        with torch.enable_grad(), autocast.on():
             # Views: hooks that somebody puts on all modules (torch's FlopCounterMode) cannot be on leaves in here.
             seen = [part.view_as(part) for part in parts]
-            return Replay(parts, self.combine(*seen) if self.is_gated else self.act_fn(*seen))
+            hidden = self.combine(*seen) if self.is_gated else self.act_fn(*seen)
+            return Replay(parts, hidden.to(rows.dtype))
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """The weights that all experts share: of a learnt activation, of a norm."""

@@ -7,8 +7,9 @@ precision on a CPU needs that: oneDNN builds a new kernel for each number of row
 Shapes: T tokens, K experts per token, S = T K paths (path t K + k is token t's k-th), E experts, r rank.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -28,6 +29,24 @@ BLOCK_NUMBERS = 2**19  # of a group's (rows, R): about what a core's cache holds
 BLOCK_ROWS = 32
 
 Given = TypeVar("Given", Tensor, Tensor | None)
+Function = TypeVar("Function", bound=Callable)
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """What sums over many rows are held in: float32 for half precision."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def without_autocast(function: Function) -> Function:
+    """A function of tensors, all of one device, inside which autocast is off: it has decided about dtypes already."""
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        device = next(one.device for one in args if isinstance(one, Tensor))
+        with torch.autocast(device_type=device.type, enabled=False):
+            return function(*args)
+
+    return run  # type: ignore[return-value]
 
 
 def block_rows(width: int) -> int:
@@ -88,10 +107,12 @@ class PathGroup:
 
     def add_outer(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         """Adds each expert's `left.T @ right`, of rows (rows, O) and (rows, I), to (E, O, I), in place."""
-        if self.ends is None:
-            self.own(total).addmm_(left.T, right)
-        else:
+        if self.ends is not None:
             self.own(total).add_(F.grouped_mm(left.T, right, offs=self.ends))
+        elif total.dtype == left.dtype:
+            self.own(total).addmm_(left.T, right)
+        else:  # of a wider dtype
+            self.own(total).add_(left.T @ right)
 
     def add_large_outer(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         """As `add_outer`, without a tensor of the size of the experts' matrices in between."""
@@ -108,7 +129,7 @@ class PathGroup:
         if self.ends is None:
             self.own(total).add_(rows.sum(0))
         else:
-            total.index_add_(0, self._expert_of_row(), rows)
+            total.index_add_(0, self._expert_of_row(), rows.to(total.dtype))
 
     def _expert_of_row(self) -> Tensor:
         assert self.ends is not None
@@ -206,10 +227,14 @@ class _Piece:
 def can_join(dtype: torch.dtype, device: torch.device, widths: Iterable[int]) -> bool:
     """Whether torch's `grouped_mm` multiplies groups of several experts by matrices of these widths.
 
-    It takes rows of a multiple of 16 bytes; on a CPU any address from torch 2.11 on; a GPU of compute capability 8.0
-    or more.
+    It takes rows of a multiple of 16 bytes, of at most 4 bytes a number; on a CPU any address from torch 2.11 on; a
+    GPU of compute capability 8.0 or more.
     """
-    if not hasattr(F, "grouped_mm") or any(width * dtype.itemsize % 16 for width in widths):
+    if (
+        not hasattr(F, "grouped_mm")
+        or dtype not in (torch.float32, *HALF)
+        or any(width * dtype.itemsize % 16 for width in widths)
+    ):
         return False
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -255,17 +280,18 @@ def _to_paths(rows_TI: Tensor, own: Tensor, groups: list[PathGroup], num_paths: 
 
 def _to_tokens(rows_SI: Tensor, own: Tensor, groups: list[PathGroup], num_tokens: int) -> Tensor:
     """The sum of that over a token's paths, of a row per path: (T, O)."""
-    out = rows_SI.new_zeros(num_tokens, own.shape[2])
+    out = rows_SI.new_zeros(num_tokens, own.shape[2], dtype=widened(rows_SI.dtype))
     for group in groups:
         rows = group.zero_repeats(rows_SI.index_select(0, group.paths))
-        out.index_add_(0, group.tokens, group.product(rows, group.own(own)))
-    return out
+        out.index_add_(0, group.tokens, group.product(rows, group.own(own)).to(out.dtype))
+    return out.to(rows_SI.dtype)
 
 
 class _Product(torch.autograd.Function):
     """`_to_paths`, or summed `_to_tokens`, of weights (E, O, I): each takes the other for its gradient."""
 
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, source: Tensor, weight: Tensor, groups: list[PathGroup], num_rows: int, is_summed: bool
     ) -> Tensor:
@@ -275,6 +301,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         source, weight = ctx.saved_tensors
         d_source = d_weight = None
@@ -282,14 +309,14 @@ class _Product(torch.autograd.Function):
             move = _to_paths if ctx.is_summed else _to_tokens
             d_source = move(gradient, laid_out(weight), ctx.groups, len(source))
         if ctx.needs_input_grad[1]:
-            d_weight = weight.new_zeros(weight.shape)
+            d_weight = weight.new_zeros(weight.shape, dtype=widened(weight.dtype))
             for group in ctx.groups:
                 of_gradient, of_source = group.paths, group.tokens
                 if ctx.is_summed:
                     of_gradient, of_source = of_source, of_gradient
                 rows = group.zero_repeats(gradient.index_select(0, of_gradient))
                 group.add_outer(d_weight, rows, source.index_select(0, of_source))
-            d_weight = laid_as(d_weight, weight)
+            d_weight = laid_as(d_weight.to(weight.dtype), weight)
         return d_source, d_weight, None, None, None
 
 

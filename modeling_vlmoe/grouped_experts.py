@@ -18,9 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .expert_maths import ExpertMaths
-from .expert_paths import PathGroup, Paths, block_rows, can_join, gather_product, laid_as, laid_out
-from .shared_base import LowRank, kept
+from .expert_maths import Autocast, ExpertMaths
+from .expert_paths import (
+    PathGroup,
+    Paths,
+    block_rows,
+    can_join,
+    gather_product,
+    laid_as,
+    laid_out,
+    widened,
+    without_autocast,
+)
+from .shared_base import LowRank, kept, mask_generator
 
 
 @dataclass(frozen=True)
@@ -76,9 +86,9 @@ class _Grouped(torch.autograd.Function):
         scale: float,
         *shared: Tensor,
     ) -> Tensor:
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        wide = widened(x_TD.dtype)
         out_TO = x_TD.new_zeros(len(x_TD), down.shape[1], dtype=wide)
-        generator = _generator(dropout, x_TD.device)
+        generator = mask_generator(dropout, x_TD.device)
         kept_rows = []
         given = (x_TD, weight_S, up, down, up_bias, down_bias, low_Sr, b_up, a_down, b_down)
         b_up, b_down = laid_out(b_up), laid_out(b_down)
@@ -104,12 +114,13 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx: Any, d_out: Tensor) -> tuple:
         x_TD, weight_S, up, down, up_bias, down_bias, low_Sr, b_up, a_down, b_down, *all_rows = ctx.saved_tensors
-        maths, generator = ctx.maths, _generator(ctx.dropout, x_TD.device)
+        maths, generator = ctx.maths, mask_generator(ctx.dropout, x_TD.device)
         given_b_up, given_b_down = b_up, b_down
         b_up, b_down = laid_out(b_up), laid_out(b_down)
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        wide = widened(x_TD.dtype)
         wanted = ctx.needs_input_grad[3:]
         d_x = x_TD.new_zeros(x_TD.shape, dtype=wide) if wanted[0] else None
         d_weight = torch.zeros_like(weight_S)
@@ -122,7 +133,7 @@ class _Grouped(torch.autograd.Function):
         d_shared = [torch.zeros_like(one) if one.requires_grad else None for one in shared]
         for group, rows in zip(ctx.groups, all_rows, strict=True):
             weight = group.weights(weight_S)
-            replay = maths.replay(rows)
+            replay = maths.replay(rows, Autocast.off(rows.device))
             value = replay.hidden.detach()
             d_made = d_out.index_select(0, group.tokens)
             d_hidden = group.product(d_made, group.own(down))
@@ -167,11 +178,6 @@ class _Grouped(torch.autograd.Function):
                     total += one
         made[5], made[7] = laid_as(d_b_up, given_b_up), laid_as(d_b_down, given_b_down)
         return None, None, None, None if d_x is None else d_x.to(x_TD.dtype), d_weight, *made, None, *d_shared
-
-
-def _generator(dropout: tuple[float, int], device: torch.device) -> torch.Generator | None:
-    """Draws dropout's masks, the same ones forward and backward."""
-    return torch.Generator(device).manual_seed(dropout[1]) if dropout[0] else None
 
 
 def full_experts(experts: Any, **pairs: Any) -> FullExperts:

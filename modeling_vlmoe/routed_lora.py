@@ -71,7 +71,8 @@ def unwrapped(experts: nn.Module) -> tuple[Any, list[Any]]:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def active_adapter(wrapper: Any) -> str | None:

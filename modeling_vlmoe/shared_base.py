@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .expert_maths import ExpertMaths
+from .expert_maths import Autocast, ExpertMaths
 from .expert_paths import (
     HALF,
     PathGroup,
@@ -35,6 +35,8 @@ from .expert_paths import (
     laid_as,
     laid_out,
     sum_product,
+    widened,
+    without_autocast,
 )
 
 # Up to E r of this, one product with all experts' low-rank weights costs less than one product for each of them. In
@@ -103,7 +105,12 @@ class SharedBase:
         return can_join(dtype, self.up.device, [width for pair in pairs for width in pair.widths])
 
 
-def kept(shape: torch.Size, dropout: float, generator: torch.Generator, like: Tensor) -> Tensor:
+def mask_generator(dropout: tuple[float, int], device: torch.device) -> torch.Generator | None:
+    """Draws dropout's masks, by its seed: the same ones forward and backward; None without dropout."""
+    return torch.Generator(device).manual_seed(dropout[1]) if dropout[0] else None
+
+
+def kept(shape: torch.Size, dropout: float, generator: torch.Generator | None, like: Tensor) -> Tensor:
     """Dropout's mask, scaled."""
     mask = torch.empty(shape, device=like.device).bernoulli_(1 - dropout, generator=generator)
     return mask.div_(1 - dropout).to(like.dtype)
@@ -115,9 +122,11 @@ class _Activated(torch.autograd.Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any,
         maths: ExpertMaths,
+        autocast: Autocast,
         groups: list[PathGroup],
         dropout: tuple[float, int],
         base_TR: Tensor,
@@ -128,16 +137,16 @@ class _Activated(torch.autograd.Function):
         bias_ER: Tensor | None,
         *shared: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.maths, ctx.groups, ctx.dropout = maths, groups, dropout
+        ctx.maths, ctx.autocast, ctx.groups, ctx.dropout = maths, autocast, groups, dropout
         ctx.save_for_backward(base_TR, low_Sr, weight_S, b_up, a_down, bias_ER)
-        wide = torch.promote_types(base_TR.dtype, torch.float32)
+        wide = widened(base_TR.dtype)
         sum_TF = base_TR.new_zeros(len(base_TR), maths.intermediate_size, dtype=wide)
         low_down = None if a_down is None else base_TR.new_zeros(len(weight_S), a_down.shape[1])
-        generator = _generator(ctx)
+        generator = mask_generator(dropout, base_TR.device)
         b_up = laid_out(b_up)
         for group in groups:
             weight = group.weights(weight_S)
-            hidden = maths.activate(_before_activation(group, base_TR, low_Sr, b_up, bias_ER))
+            hidden = maths.activate_as(_before_activation(group, base_TR, low_Sr, b_up, bias_ER), autocast)
             sum_TF.index_add_(0, group.tokens, (hidden * weight).to(wide))
             if a_down is not None and low_down is not None:
                 seen = hidden
@@ -149,24 +158,26 @@ class _Activated(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @without_autocast
     def backward(ctx: Any, d_sum: Tensor, d_low_down: Tensor | None) -> tuple:
         base_TR, low_Sr, weight_S, b_up, a_down, bias_ER = ctx.saved_tensors
-        maths, dropout, generator = ctx.maths, ctx.dropout[0], _generator(ctx)
-        wide = torch.promote_types(base_TR.dtype, torch.float32)
-        d_base = base_TR.new_zeros(base_TR.shape, dtype=wide)
-        d_weight = torch.zeros_like(weight_S)
+        maths, dropout, generator = ctx.maths, ctx.dropout[0], mask_generator(ctx.dropout, d_sum.device)
+        wide = widened(base_TR.dtype)
         given_b, b_up = b_up, laid_out(b_up)
-        d_low, d_b, d_a, d_bias = (_zeros(one) for one in (low_Sr, b_up, a_down, bias_ER))
+        given = (base_TR, low_Sr, weight_S, b_up, a_down, bias_ER)
+        made = [_zeros(one) if is_wanted else None
+                for one, is_wanted in zip(given, ctx.needs_input_grad[4:10], strict=True)]  # fmt: skip
+        d_base, d_low, d_weight, d_b, d_a, d_bias = made
         shared = maths.shared_parameters()
         d_shared = [torch.zeros_like(one) if one.requires_grad else None for one in shared]
         for group in ctx.groups:
             weight = group.weights(weight_S)
             rows = _before_activation(group, base_TR, low_Sr, b_up, bias_ER)
-            replay = maths.replay(rows)
+            replay = maths.replay(rows, ctx.autocast)
             value = replay.hidden.detach()
             d_hidden = d_sum.index_select(0, group.tokens)
-            if d_a is not None:
-                d_made = d_low_down.index_select(0, group.paths)  # type: ignore[union-attr]
+            if a_down is not None and d_low_down is not None:
+                d_made = d_low_down.index_select(0, group.paths)
                 own, value_seen = group.own(a_down), value
                 if dropout:
                     mask = kept(value.shape, dropout, generator, value)
@@ -174,34 +185,31 @@ class _Activated(torch.autograd.Function):
                     value_seen = value * mask
                 else:
                     group.add_product(d_hidden, d_made, own)
-                group.add_outer(d_a, (d_made * weight).to(value.dtype), value_seen)
-            group.put(d_weight, (value * d_hidden).sum(-1, dtype=d_weight.dtype))
+                if d_a is not None:
+                    group.add_outer(d_a, (d_made * weight).to(value.dtype), value_seen)
+            if d_weight is not None:
+                group.put(d_weight, (value * d_hidden).sum(-1, dtype=d_weight.dtype))
             d_hidden = (d_hidden * weight).to(value.dtype)
             d_rows, found = replay.backward(d_hidden, shared)
-            d_base.index_add_(0, group.tokens, d_rows.to(wide))
-            if d_low is not None and d_b is not None:
-                assert b_up is not None
-                group.put(d_low, group.product(d_rows, group.own(b_up)))
+            if d_base is not None:
+                d_base.index_add_(0, group.tokens, d_rows.to(wide))
+            if d_low is not None:
+                group.put(d_low, group.product(d_rows, group.own(b_up)).to(d_low.dtype))
+            if d_b is not None:
                 group.add_outer(d_b, d_rows, low_Sr.index_select(0, group.paths))
             if d_bias is not None:
                 group.add_sum(d_bias, d_rows)
             for total, one in zip(d_shared, found, strict=True):
                 if total is not None and one is not None:
                     total += one
-        d_b = laid_as(d_b, given_b)
-        return None, None, None, d_base.to(base_TR.dtype), d_low, d_weight, d_b, d_a, d_bias, *d_shared
+        found = [None if total is None else total.to(one.dtype) for total, one in zip(made, given, strict=True)]
+        found[3] = laid_as(found[3], given_b)
+        return None, None, None, None, *found, *d_shared
 
 
 def _zeros(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else torch.zeros_like(tensor)
-
-
-def _generator(ctx: Any) -> Any:
-    """Draws dropout's masks, the same ones forward and backward."""
-    probability, seed = ctx.dropout
-    if not probability:
-        return None
-    return torch.Generator(ctx.groups[0].tokens.device if ctx.groups else "cpu").manual_seed(seed)
+    """Where gradients of a tensor are summed up."""
+    return None if tensor is None else tensor.new_zeros(tensor.shape, dtype=widened(tensor.dtype))
 
 
 def _before_activation(
@@ -302,6 +310,7 @@ def run_shared_base(base: SharedBase, x_TD: Tensor, expert_TK: Tensor, weight_TK
         bias = None if base.up_bias is None else base.up_bias.to(dtype)
         sum_TF, low_down = _Activated.apply(
             base.maths,
+            Autocast.now(x_TD.device),
             groups,
             (base.dropout, seed),
             base_TR,

@@ -135,6 +135,38 @@ def test_copies_that_are_trained_are_no_longer_shared(kernels):
     assert set(kernels) == {"run_grouped"}
 
 
+def test_copies_that_are_merged_into_are_no_longer_shared(kernels):
+    """PEFT writes past autograd's notice."""
+    model = adapted(make_copies(models.sparse_model()))
+    model(**batch())
+    again = adapted(model.merge_and_unload())
+    kernels.clear()
+    assert_same_passes(again, batch())
+    assert set(kernels) == {"run_grouped"}
+
+
+@pytest.mark.parametrize("are_copies", [False, True], ids=["unlike", "copies"])
+def test_weights_made_for_inference_alone(are_copies, kernels):
+    with torch.inference_mode():
+        model = models.sparse_model()
+        model = adapted(make_copies(model) if are_copies else model)
+        found = model(**batch()).logits
+        with routed_lora.routed_lora(False):
+            torch.testing.assert_close(found, model(**batch()).logits, rtol=1e-5, atol=1e-4)
+    assert kernels
+
+
+def test_hooks_on_wrappers_are_called_backward_too(kernels):
+    model = adapted(models.sparse_model())
+    wrappers = [module for module in model.modules() if is_wrapper(module)]
+    called = []
+    for wrapper in wrappers:
+        wrapper.register_full_backward_hook(lambda *args: called.append(1))
+    model(**batch()).logits.sum().backward()
+    assert len(called) == len(wrappers)
+    assert not kernels
+
+
 def test_files_are_pefts(tmp_path):
     model = adapted(models.sparse_model())
     passed(model, True, batch())

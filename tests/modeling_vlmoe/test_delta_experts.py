@@ -120,16 +120,53 @@ def test_half_precision_rounds_and_no_more(dtype, form):
         assert (one.float() - other).abs().max() <= 0.06 * other.abs().max()
 
 
-def test_autocast_computes_in_half_and_gives_whole_gradients(form):
-    experts = block(GatedMLP(bias=True), expert_type="delta").experts
+@pytest.mark.parametrize("kind", DENSE_MLPS, ids=str)
+def test_autocast_computes_in_half_and_gives_whole_gradients(kind, form):
+    """A learnt activation and a norm, of float32 weights, too; and in whatever autocast backward runs."""
+    experts = block(DENSE_MLPS[kind](), expert_type="delta").experts
     x, (weight, expert) = torch.randn(30, 16, requires_grad=True), route(30, 5, 2)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = experts(x, expert, weight)
-    assert out.dtype == torch.bfloat16
-    out.float().sum().backward()
-    assert all(value.grad is not None and value.grad.dtype == torch.float32 for value in experts.parameters())
-    wanted = experts(x, expert, weight)
-    assert (out.float() - wanted).abs().max() <= 0.05 * wanted.abs().max()
+    out = experts(x, expert, weight)
+    inputs = [x, weight, *experts.parameters()]
+    wanted = [out, *gradients(out, inputs)]
+    for is_inside in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = experts(x, expert, weight)
+            assert out.dtype == torch.bfloat16
+            found = gradients(out, inputs) if is_inside else None
+        found = found or gradients(out, inputs)
+        assert all(one.dtype == value.dtype for one, value in zip(found, inputs, strict=True))
+        for one, other in zip([out, *found], wanted, strict=True):
+            assert (one.float() - other).norm() <= 0.1 * other.norm()
+
+
+def test_half_precision_sums_gradients_of_pairs_in_float32(monkeypatch):
+    """Over many blocks of rows too."""
+    monkeypatch.setattr(shared_base, "MOST_STACKED", 0)
+    experts = block(GatedMLP(), expert_type="delta", num_experts=2, expert_rank=8).experts.to(torch.bfloat16)
+    x, (weight, expert) = torch.randn(4096, 16).bfloat16(), route(4096, 2, 1)
+    errors = []
+    for block_rows in (4096, 32):
+        monkeypatch.setattr(expert_paths, "block_rows", lambda width, rows=block_rows: rows)
+        monkeypatch.setattr(shared_base, "block_rows", lambda width, rows=block_rows: rows)
+        found = gradients(experts(x, expert, weight), [*experts.deltas.parameters()])
+        exact = copy.deepcopy(experts).float()
+        wanted = gradients(exact(x.float(), expert, weight), [*exact.deltas.parameters()])
+        errors.append(
+            [((one.float() - other).norm() / other.norm()).item() for one, other in zip(found, wanted, strict=True)]
+        )
+    assert all(cut <= 1.2 * whole + 1e-3 for whole, cut in zip(*errors, strict=True)), errors
+
+
+def test_double_precision():
+    experts = block(GatedMLP(bias=True), expert_type="delta", num_experts=80, expert_rank=4).experts.double()
+    x, (weight, expert) = torch.randn(30, 16, dtype=torch.float64), route(30, 80, 2, dtype=torch.float64)
+    wanted = loop(experts, stacks_of(experts), x, expert, weight)
+    torch.testing.assert_close(experts(x, expert, weight), wanted)
+
+
+def test_raises_when_the_rank_is_no_low_one():
+    with pytest.raises(ValueError, match="expert_rank is 17, but a weight of the experts has a side of 16"):
+        block(GatedMLP(), expert_type="delta", expert_rank=17)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
