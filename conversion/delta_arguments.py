@@ -1,9 +1,13 @@
-"""What `vlmoe densify` and `vlmoe compress` can be told. No torch here: help reads these fields."""
+"""What `vlmoe densify` and `vlmoe compress` can be told, and where they tell what they did. No torch here: help reads
+these fields.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from .arguments import from_values, option
+
+REWRITE_RECEIPT_NAME = "experts_receipt.json"
 
 
 def _checkpoint() -> Any:

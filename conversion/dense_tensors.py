@@ -26,8 +26,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import CONFIG_NAME
 
 from modeling_vlmoe import VLMoEForConditionalGeneration
+from modeling_vlmoe.sparse_moe import Experts
 
-from .meta_models import build_on_meta, in_float32, target_shapes, tied_names
+from .meta_models import build_on_meta, fill_mapped, in_float32, target_shapes, tied_names
 from .parents import BROKEN, Parent
 
 # What the host leaves out too, in any family: buffers that it computes (transformers 5.23,
@@ -84,6 +85,20 @@ def dense_model(parent: Parent) -> PreTrainedModel:
     """The parent's own model class, on the meta device."""
     auto: Any = {"text": AutoModelForCausalLM, "vision": AutoModel, "vlm": VLMoEForConditionalGeneration}[parent.role]
     return build_parent(parent, auto._from_config if parent.role == "vlm" else auto.from_config, parent.tower_config)
+
+
+def map_sparse(tensors: DenseTensors, read: Callable[[str], Tensor] | None = None) -> Any:
+    """A sparse checkpoint in its own class, mapped from its files; experts run by the plain loop.
+
+    Args:
+        tensors: The checkpoint's.
+        read: Gives the tensor of a name, where it is not to be the checkpoint's.
+    """
+    model = dense_model(tensors.parent)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.config._experts_implementation_internal = "eager"
+    return fill_mapped(model, read or tensors.tensor)
 
 
 def saved_model(parent: Parent) -> PreTrainedModel:

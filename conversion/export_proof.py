@@ -23,12 +23,11 @@ from transformers import AutoConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import CONFIG_NAME
 
-from modeling_vlmoe.sparse_moe import Experts
 from modeling_vlmoe.towers import tower_layers
 
 from .block_probes import BlockProbe
 from .dense_runs import image_results
-from .dense_tensors import dense_model
+from .dense_tensors import map_sparse
 from .export_meaning import check_meaning
 from .export_plan import ExportPlan
 from .gaps import Findings, measure_gap, nudge
@@ -50,15 +49,6 @@ from .written_checkpoint import check_weights, load_written
 NUM_TOKENS, NUM_FEATURES = 16, 8  # text before and behind a picture, and how much of it the LLM reads
 CLAIM = "The exported model is not the vlmoe model"
 LOGITS, FEATURES = "logits", "image features"
-
-
-def map_vlmoe(plan: ExportPlan) -> Any:
-    """The checkpoint, mapped from its files; experts run by the plain loop."""
-    model = dense_model(plan.source)
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.config._experts_implementation_internal = "eager"
-    return fill_mapped(model, plan.tensors.tensor)
 
 
 def noise_pixels(plan: ExportPlan) -> Tensor:
@@ -98,7 +88,7 @@ class ExportProof:
         role = "text" if plan.args.to == TEXT else "vlm"
         self.tensors: NativeTensors = find_native_tensors(Parent(role, folder.name, folder, None, config, reader))
         self.native: Any = fill_native(self.tensors)
-        self.vlmoe = map_vlmoe(plan)
+        self.vlmoe = map_sparse(plan.tensors)
         self.findings = Findings(claim=CLAIM)
         self.pages = PageFlow()
         self._let_go()
@@ -230,7 +220,7 @@ def measure_mean(plan: ExportPlan) -> float:
     fill_mapped(native.model.multi_modal_projector, made(f"{LLAVA_NAMES.connector}"))
     with one_thread(), torch.no_grad(), mapped_maths():
         pixels = noise_pixels(plan)
-        return measure_gap(vlmoe_features(plan, map_vlmoe(plan), pixels), native_features(native, pixels))
+        return measure_gap(vlmoe_features(plan, map_sparse(plan.tensors), pixels), native_features(native, pixels))
 
 
 @torch.no_grad()

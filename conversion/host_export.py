@@ -8,6 +8,8 @@ from typing import Any
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from modeling_vlmoe.delta_experts import refuse_delta_config
+from modeling_vlmoe.moe_config import PARTS
 from modeling_vlmoe.parts import blocks_of
 
 from .dense_tensors import DenseTensors, find_dense_tensors, head_name
@@ -153,6 +155,7 @@ def plan_host_export(args: ExportArguments, source: Parent) -> HostExportPlan:
     Raises:
         ValueError: for whatever cannot be written without loss, naming it.
     """
+    refuse_delta_config(source.config, "vlmoe export", ("text",) if args.to == TEXT else PARTS)
     tensors = find_dense_tensors(source)
     model: Any = tensors.model
     config = model.config

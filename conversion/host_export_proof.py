@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -20,19 +19,15 @@ from modeling_vlmoe.towers import tower_layers
 from .block_probes import BlockProbe
 from .export_meaning import carried_meaning, check_experts, compare, text_meaning
 from .export_proof import LOGITS, NUM_TOKENS, ExportProof, run_proof
-from .gaps import Findings, ProofError
+from .gaps import Findings
 from .host_export import HostExportPlan
-from .host_processor_classes import VIDEO
-from .host_processors import load_processor, process, process_video, processor_files
-from .host_proof import NUM_FRAMES, accepted, host_logits
+from .host_inputs import Inputs, check_copied, host_inputs, open_written
+from .host_proof import accepted, host_logits
 from .host_targets import HOST_PAIRS, dense_values, is_tied, text_part, text_place
 from .mapped_maths import mapped_maths
 from .native_arguments import TEXT
 from .native_targets import declared_fields, from_native
 from .probes import all_of
-from .processors import SHOWN_SIZES
-
-Inputs = dict[str, Any]
 
 
 class HostExportProof(ExportProof):
@@ -48,12 +43,6 @@ class HostExportProof(ExportProof):
         path, layers = tower_layers(tower)
         return self._block_probes(f"{where}.{path}", layers, tower_layers(theirs)[1])
 
-    def noise(self, number: int) -> Image.Image:
-        """A picture of noise."""
-        width, height = SHOWN_SIZES[0]
-        generator = self._generator(f"picture {number}")
-        return Image.fromarray(torch.randint(256, (height, width, 3), dtype=torch.uint8, generator=generator).numpy())
-
     def given(self) -> dict[str, Inputs]:
         """What both models are run on, by what it is.
 
@@ -68,30 +57,11 @@ class HostExportProof(ExportProof):
         plain_text = {"text": {"input_ids": tokens, "use_cache": False}}
         if self.plan.args.to == TEXT:
             return plain_text
-        written, source = self.written_processor(), self.plan.source.given
-        found: dict[str, Inputs] = {"a picture and text": process(written, [self.noise(0)], source)}
-        if VIDEO in written.get_attributes():
-            frames = [self.noise(number) for number in range(NUM_FRAMES)]
-            if (video := process_video(written, frames)) is not None:
-                found["a video and text"] = video
+        check_copied(self.plan.source.folder, self.folder)
+        written = open_written(self.folder, self.plan.source.given, self.plan.native.model_type)
+        found, not_made = host_inputs(written, self.plan.source.given, self.plan.drawing.seed)
+        self.plan.not_read = self.plan.not_read or not_made  # the receipt and the command say so
         return found | plain_text
-
-    def written_processor(self) -> Any:
-        """The processor that was written.
-
-        Raises:
-            ProofError: when it cannot be loaded, or a file of it is not the checkpoint's.
-        """
-        source = self.plan.source.folder
-        for file in processor_files(source):
-            name = file.relative_to(source)
-            copied = self.folder / name
-            if not copied.is_file() or copied.read_bytes() != file.read_bytes():
-                raise ProofError(f"{name} of the processor was not copied as it is. No checkpoint is written.")
-        try:
-            return load_processor(self.folder, self.plan.source.given, self.plan.native.model_type)[0]
-        except ValueError as error:
-            raise ProofError(f"The processor that was written cannot be loaded: {error}") from error
 
     def run(self) -> None:
         everything, wanted = self.given(), {}

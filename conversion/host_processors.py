@@ -23,12 +23,14 @@ from modeling_vlmoe.companions import CARRIED
 from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
 from modeling_vlmoe.model_cards.side_files import EVAL_RESULTS_NAME, TRAINER_STATE_NAME
 
+from .delta_arguments import REWRITE_RECEIPT_NAME
 from .host_processor_classes import VIDEO, processor_class_of
 from .parents import BROKEN, WANTED_FILES, Parent
 
 # In a parent's folder, but not its processor's; weights and their index are told by their names' ends.
 RESULTS = (EVALUATION_NAME, EVAL_RESULTS_NAME, TRAINER_STATE_NAME, "train_results.json", "all_results.json")
-OTHERS = {CONFIG_NAME, GENERATION_CONFIG_NAME, ADAPTER_CONFIG_NAME, *CARRIED, *RESULTS}
+RECEIPTS = (*CARRIED, REWRITE_RECEIPT_NAME)
+OTHERS = {CONFIG_NAME, GENERATION_CONFIG_NAME, ADAPTER_CONFIG_NAME, *RECEIPTS, *RESULTS}
 WEIGHTS = (".safetensors", ".index.json")
 TEMPLATES = "additional_chat_templates"
 # What processors call the placeholder of an image in a text, the one that they read first.

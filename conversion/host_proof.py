@@ -6,20 +6,18 @@ import inspect
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers.utils import PROCESSOR_NAME
 
 from .dense_runs import DenseRun, reference_model
 from .gaps import ProofError, nudge
+from .host_inputs import PICTURE, Inputs, host_inputs, noise, open_written
 from .host_planning import InPlacePlan
-from .host_processor_classes import VIDEO, is_same_tokenizer
-from .host_processors import load_processor, process, process_video
+from .host_processor_classes import is_same_tokenizer
+from .host_processors import process
 from .part_proofs import PartProof
 from .probes import hooked
-from .processors import SHOWN_SIZES
 
-NUM_FRAMES = 4
 VLM = "vlm"
 
 
@@ -61,54 +59,36 @@ class HostProof(PartProof):
 
     plan: InPlacePlan
 
-    def noise(self, number: int, size: tuple[int, int]) -> Image.Image:
-        """A picture of noise, of a width and a height."""
-        generator = self._generator(f"picture {number}")
-        pixels = torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8, generator=generator)
-        return Image.fromarray(pixels.numpy())
-
-    def inputs(self) -> dict[str, dict[str, Any]]:
+    def inputs(self) -> dict[str, Inputs]:
         """What the written processor makes of a picture, and of a video; by what it is.
 
         Raises:
             ProofError: when it makes something else than the parent's does.
         """
         given, plan = self.plan.parents[VLM].given, self.plan
-        try:
-            written, _ = load_processor(self.folder, "What was written", None)
-        except ValueError as error:
-            raise ProofError(f"The processor that was written cannot be loaded: {error}") from error
+        written = open_written(self.folder, "What was written", None)
         if not is_same_tokenizer(written, plan.processor):
             raise ProofError(
                 f"The tokenizer that was written ({type(written.tokenizer).__name__}) does not split texts as its "
                 f"parent's ({type(plan.processor.tokenizer).__name__}). No checkpoint is written."
             )
-        pictures = [self.noise(0, SHOWN_SIZES[0])]
-        found = {"picture": process(written, pictures, given)}
-        wanted = process(plan.processor, pictures, given)
-        for name, value in wanted.items():
-            got = found["picture"].get(name)
+        found, not_made = host_inputs(written, given, plan.drawing.seed)
+        plan.not_read = plan.not_read or not_made  # the receipt and the command say so
+        for name, value in process(plan.processor, [noise(plan.drawing.seed, 0)], given).items():
+            got = found[PICTURE].get(name)
             if isinstance(value, Tensor) and not (isinstance(got, Tensor) and torch.equal(value, got)):
                 raise ProofError(
                     f"The processor that was written ({PROCESSOR_NAME} and beside it) gives another {name} for a "
                     "picture than its parent's. No checkpoint is written."
                 )
-        if VIDEO in written.get_attributes():
-            frames = [self.noise(number, SHOWN_SIZES[0]) for number in range(NUM_FRAMES)]
-            if (video := process_video(written, frames)) is not None:
-                found["video"] = video
-            else:  # the receipt and the command say so
-                plan.not_read = "its processor makes nothing of a video of small frames"
         return found
 
-    def dense_run(self, given: dict[str, dict[str, Any]], dtype: torch.dtype | None) -> DenseRun:
+    def dense_run(self, given: dict[str, Inputs], dtype: torch.dtype | None) -> DenseRun:
         """The dense VLM on these inputs: its logits."""
         model: Any = reference_model(self.plan, VLM, dtype)
 
         def results(generator: torch.Generator | None) -> dict[str, Tensor]:
-            return {
-                f"logits of a {what} and text": host_logits(model, inputs, generator) for what, inputs in given.items()
-            }
+            return {f"logits of {what}": host_logits(model, inputs, generator) for what, inputs in given.items()}
 
         return DenseRun({"": model}, dtype, results)
 
@@ -116,9 +96,7 @@ class HostProof(PartProof):
         given = self.inputs()
 
         def results() -> dict[str, Tensor]:
-            found = {
-                f"logits of a {what} and text": host_logits(self.sparse, inputs) for what, inputs in given.items()
-            }
+            found = {f"logits of {what}": host_logits(self.sparse, inputs) for what, inputs in given.items()}
             for what, logits in found.items():
                 if not logits.isfinite().all():
                     raise ProofError(f"The {what} are not finite. No checkpoint is written.")

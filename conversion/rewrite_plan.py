@@ -6,20 +6,25 @@ Every other tensor is copied, every source is used, every target is filled once.
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
+from modeling_vlmoe import VLMoEProcessor
 from modeling_vlmoe.modeling_in_place import is_in_place
 from modeling_vlmoe.moe_config import PARTS
+from modeling_vlmoe.towers import sparse_blocks
 
 from .delta_arguments import CompressArguments, DensifyArguments
 from .dense_tensors import DenseTensors, find_dense_tensors
 from .export_plan import check_is_vlmoe, dense_twin
-from .mapping import DELTAS, EXPERTS, PART_PREFIX, ROUTER, Assignment, DenseTensor, Drawing, Mapping
-from .meta_models import build_on_meta, target_shapes
+from .host_planning import sub_configs
+from .host_processor_classes import name_classes
+from .host_processors import copy_processor, load_processor
+from .mapping import DELTAS, EXPERTS, ROUTER, Assignment, DenseTensor, Drawing, Mapping
+from .meta_models import build_vlm, target_shapes
 from .parents import Parent
 from .plans import DTYPES, load_generation
 from .processors import load_part, measure_image
@@ -40,8 +45,8 @@ class RewritePlan:
         tensors: Its tensors.
         config: The written model's configuration.
         processor: The checkpoint's.
+        pixel_shape: Shape of one image's `pixel_values`; a host's own matter where it is empty.
         generation: The checkpoint's own generation settings.
-        pixel_shape: Shape of one image's `pixel_values`.
         mapping: What fills every target.
         drawing: The seed.
         rewritten: The paths of the blocks whose experts are held another way.
@@ -50,13 +55,18 @@ class RewritePlan:
     kind: str
     source: Parent
     tensors: DenseTensors
-    config: VLMoEConfig
-    processor: VLMoEProcessor
-    generation: GenerationConfig
+    config: Any
+    processor: Any
     pixel_shape: tuple[int, ...]
+    generation: GenerationConfig
     mapping: Mapping
     drawing: Drawing
     rewritten: list[str]
+
+    @property
+    def not_proved(self) -> str | None:
+        """What neither model is run on, and why; None where there is no such thing."""
+        return None
 
     @property
     def source_bytes(self) -> int:
@@ -64,13 +74,38 @@ class RewritePlan:
         names = self.tensors.names
         return sum(torch.Size(self.tensors.shape(name)).numel() * self.tensors.dtype(name).itemsize for name in names)
 
+    def write_processor(self, folder: Path) -> None:
+        """Writes the processor into the checkpoint."""
+        self.processor.save_pretrained(folder)
+
+
+@dataclass
+class HostRewritePlan(RewritePlan):
+    """A plan for a VLM that is sparse in place.
+
+    Attributes:
+        not_read: What the processor cannot read on this machine, and so is not run; None where it reads all.
+    """
+
+    not_read: str | None = None
+
+    @property
+    def not_proved(self) -> str | None:
+        """Videos, where the processor cannot read them."""
+        return self.not_read
+
+    def write_processor(self, folder: Path) -> None:
+        """The host's processor, untouched, but for the name of its class where its files do not have it."""
+        copy_processor(self.source.folder, folder)
+        name_classes(folder, self.processor, self.config.body_model_type)
+
 
 def parts_of_type(config: Any, expert_type: str) -> list[str]:
     """The parts whose experts are of a type."""
     return [part for part in PARTS if (moe := config.moe(part)) is not None and moe.expert_type == expert_type]
 
 
-def densified_config(args: DensifyArguments, source: Parent) -> VLMoEConfig:
+def densified_config(args: DensifyArguments, source: Parent) -> Any:
     """The configuration with whole experts.
 
     Raises:
@@ -88,7 +123,7 @@ def densified_config(args: DensifyArguments, source: Parent) -> VLMoEConfig:
     return config
 
 
-def compressed_config(args: CompressArguments, source: Parent) -> VLMoEConfig:
+def compressed_config(args: CompressArguments, source: Parent) -> Any:
     """The configuration with delta experts.
 
     Raises:
@@ -129,38 +164,29 @@ def map_rewritten(tensors: DenseTensors, sparse: Any, kind: str, dtype: torch.dt
         sparse: The model that is written, on the meta device.
         kind: "densify" or "compress".
         dtype: What floating-point tensors but routers are written in; None leaves them as they are.
-
-    Raises:
-        ValueError: for a rank that is no compression.
     """
-    mapping, used = Mapping([]), set()
+    mapping, used, counts = Mapping([]), set(), expert_counts(sparse)
     for name, shape in target_shapes(sparse).items():
         operation: str = "copy"
         names: tuple[str, ...] = (name,)
         if name not in tensors.stored or tensors.shape(name) != shape:
             operation, names = target_sources(name, kind)
-        if operation.startswith("best") and (rank := shape[1 if operation.endswith("a") else 2]) > min(
-            sides := tensors.shape(names[0])[1:]
-        ):
-            raise ValueError(
-                f"--rank is {rank}, but {names[0]} is {sides[0]} x {sides[1]}: a rank above {min(sides)} adds "
-                "nothing. Choose a smaller one."
-            )
         used |= set(names)
         dense = tuple(DenseTensor(tensors, one) for one in names)
         stored = dense[0].dtype
         wanted = stored if dtype is None or ROUTER in name or not stored.is_floating_point else dtype
-        counts = expert_counts(sparse.config, name)
-        mapping.assignments.append(Assignment(TensorSpec(name, wanted, shape), operation, dense, (), *counts))
+        own = counts[name.rpartition(EXPERTS)[0]] if EXPERTS in name else (1, 1)
+        mapping.assignments.append(Assignment(TensorSpec(name, wanted, shape), operation, dense, (), *own))
     assert used == set(tensors.names), sorted(set(tensors.names) - used)
     return mapping
 
 
-def expert_counts(config: Any, name: str) -> tuple[int, int]:
-    """How many experts the part of a tensor has, and how many a token uses."""
-    part = next((part for part, prefix in PART_PREFIX.items() if name.startswith(prefix)), None)
-    moe = None if part is None or EXPERTS not in name else config.moe(part)
-    return (1, 1) if moe is None else (moe.num_experts, moe.num_experts_per_tok)
+def expert_counts(sparse: Any) -> dict[str, tuple[int, int]]:
+    """How many experts each sparse block has, and how many of them a token uses, by its path."""
+    return {
+        path: (block.router.moe.num_experts, block.router.moe.num_experts_per_tok)
+        for path, block in sparse_blocks(sparse)
+    }
 
 
 def plan_rewrite(kind: str, args: DensifyArguments | CompressArguments, source: Parent) -> RewritePlan:
@@ -170,11 +196,6 @@ def plan_rewrite(kind: str, args: DensifyArguments | CompressArguments, source: 
         ValueError: for whatever the user can mend.
     """
     check_is_vlmoe(source.given, source.config)
-    if is_in_place(source.config):
-        raise ValueError(
-            f"vlmoe {kind} rewrites our composite; {source.given} is a {source.config.body_model_type} that is sparse "
-            "in place. Give `vlmoe upcycle` its dense parent and the --expert-init that you want."
-        )
     config: Any
     dtype: torch.dtype | None = None
     if isinstance(args, DensifyArguments):
@@ -182,23 +203,26 @@ def plan_rewrite(kind: str, args: DensifyArguments | CompressArguments, source: 
     else:
         config = compressed_config(args, source)
     tensors = find_dense_tensors(source)
-    for one in (config, config.text_config, config.vision_config):
+    for one in sub_configs(config):
         one._name_or_path = ""  # a path of this machine, which the host writes into config.json
         one.dtype = dtype or one.dtype
-    processor = load_part(VLMoEProcessor, source, "processor")
-    sparse: Any = build_on_meta(lambda: VLMoEForConditionalGeneration(config))
+    sparse: Any = build_vlm(config)
+    config.architectures = [type(sparse).__name__]
     mapping = map_rewritten(tensors, sparse, kind, dtype)
-    config.architectures = [VLMoEForConditionalGeneration.__name__]
     changed = {one.spec.name.partition(EXPERTS)[0] for one in mapping.assignments if one.operation not in ("copy",)}
-    return RewritePlan(
-        kind,
-        source,
-        tensors,
-        config,
-        processor,
-        load_generation(source, config),
-        measure_image(processor.image_processor, dense_twin(config), source).pixel_shape,
-        mapping,
-        Drawing("kept", "kept", getattr(args, "seed", 0)),
-        sorted(changed),
-    )
+    found: dict[str, Any] = {
+        "kind": kind,
+        "source": source,
+        "tensors": tensors,
+        "config": config,
+        "generation": load_generation(source, config),
+        "mapping": mapping,
+        "drawing": Drawing("kept", "kept", getattr(args, "seed", 0)),
+        "rewritten": sorted(changed),
+    }
+    if is_in_place(config):
+        processor, not_read = load_processor(source.folder, source.given, config.body_model_type)
+        return HostRewritePlan(processor=processor, pixel_shape=(), not_read=not_read, **found)
+    processor = load_part(VLMoEProcessor, source, "processor")
+    pixel_shape = measure_image(processor.image_processor, dense_twin(config), source).pixel_shape
+    return RewritePlan(processor=processor, pixel_shape=pixel_shape, **found)

@@ -17,15 +17,15 @@ from typing import Any
 
 from transformers.dynamic_module_utils import custom_object_save
 
-from modeling_vlmoe import VLMoEForConditionalGeneration, __version__, register
+from modeling_vlmoe import __version__, register
 from modeling_vlmoe.companions import HISTORY_NAME, RECEIPT_NAME
 from modeling_vlmoe.model_cards import write_card
 from modeling_vlmoe.weight_fingerprint import fingerprint
 
-from .delta_arguments import CompressArguments, DensifyArguments
+from .delta_arguments import REWRITE_RECEIPT_NAME, CompressArguments, DensifyArguments
 from .export import opened
 from .gaps import Findings
-from .meta_models import build_on_meta
+from .meta_models import build_vlm
 from .output_folder import check_output_folder, check_parents_survive, check_space, whole_or_nothing
 from .parents import Parent
 from .probes import GIVEN
@@ -37,7 +37,6 @@ from .summaries import format_bytes, summarise
 
 logger = logging.getLogger(__name__)
 
-REWRITE_RECEIPT_NAME = "experts_receipt.json"
 FORMAT = 1
 CHECKS = {"densify": prove_densified, "compress": measure_compressed}
 
@@ -124,8 +123,8 @@ def _write_companions(plan: RewritePlan, folder: Path) -> None:
     """Writes what the checkpoint holds beside its weights: configuration, processor, code, receipt and history."""
     plan.config.save_pretrained(folder)
     plan.generation.save_pretrained(folder)
-    plan.processor.save_pretrained(folder)
-    custom_object_save(build_on_meta(lambda: VLMoEForConditionalGeneration(plan.config)), folder)
+    plan.write_processor(folder)
+    custom_object_save(build_vlm(plan.config), folder)
     for name in (RECEIPT_NAME, HISTORY_NAME):
         if (plan.source.folder / name).is_file():
             shutil.copyfile(plan.source.folder / name, folder / name)
@@ -154,6 +153,7 @@ def build_receipt(
         "bytes": {"source": plan.source_bytes, "written": plan.mapping.num_bytes},
         "mapping": describe_mapping(plan.mapping),
         "proof" if plan.kind == "densify" else "gaps": checked,
+        "not_proved": plan.not_proved,
         "weight_errors": errors,
         "files_sha256": hashes,
         "weights": weights,
@@ -183,4 +183,6 @@ def describe_rewrite(output: Path) -> str:
             for name, error in receipt["weight_errors"].items()
         ]
     lines += [f"{what}: {gap:.2g} standard deviations away" for what, gap in told.items()]
+    if receipt["not_proved"]:
+        lines.append(f"not {'proved' if receipt['kind'] == 'densify' else 'measured'}: {receipt['not_proved']}")
     return "\n".join([*lines, f"receipt: {REWRITE_RECEIPT_NAME}"])

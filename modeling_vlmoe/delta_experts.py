@@ -10,6 +10,7 @@ They are not under the host's `use_experts_implementation`: its kernels read sta
 Shapes: T tokens, D model width, O output width, F expert width, R = 2F (gated) or F, E experts, r rank.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import initialization as init
 
 from .expert_maths import ExpertMaths
 from .mlp_layouts import MLPLayout, find_layout
+from .moe_config import PARTS
 from .shared_base import LowRank, SharedBase, run_shared_base
 
 DENSIFY = "vlmoe densify CHECKPOINT --output-dir OUT"
@@ -190,13 +192,11 @@ def freeze_bases(model: nn.Module) -> None:
         experts.freeze_base()
 
 
-def refuse_delta_config(config: Any, what: str) -> None:
-    """As `refuse_delta_experts`, from a configuration alone."""
-    parts = [
-        part for part in ("text", "vision", "connector") if getattr(config.moe(part), "expert_type", "") == "delta"
-    ]
-    if parts:
+def refuse_delta_config(config: Any, what: str, parts: Iterable[str] = PARTS) -> None:
+    """As `refuse_delta_experts`, from a configuration alone, of these parts."""
+    found = [part for part in parts if getattr(config.moe(part), "expert_type", "") == "delta"]
+    if found:
         raise ValueError(
-            f"{what} needs experts with weights of their own, but those of {', '.join(parts)} are delta experts, "
+            f"{what} needs experts with weights of their own, but those of {', '.join(found)} are delta experts, "
             f"which share their base. Make whole experts of them first: {DENSIFY}."
         )

@@ -12,20 +12,18 @@ from modeling_vlmoe.conversion import (
     DensifyArguments,
     ExportArguments,
     ProofError,
-    UpcycleArguments,
     compress,
     densify,
     export,
     mapping,
-    rewrite_proof,
-    upcycle,
 )
 from modeling_vlmoe.conversion.delta_operations import best_pair, stack_pairs
 from modeling_vlmoe.conversion.rewriting import REWRITE_RECEIPT_NAME, preview_rewrite
+from modeling_vlmoe.conversion.summed_experts import SummedExperts
 from modeling_vlmoe.delta_experts import delta_experts
 from modeling_vlmoe.towers import sparse_blocks
-from tests import hosts, models
-from tests.conversion.sparse_checkpoints import IMAGE_TOKEN, save_vlmoe
+from tests import models
+from tests.conversion.sparse_checkpoints import IMAGE_TOKEN, save_hosted, save_vlmoe
 from tests.models import EXPERTS, gap
 
 DELTA = EXPERTS | {"expert_type": "delta", "expert_rank": 3}
@@ -88,6 +86,19 @@ def test_half_precision_is_rounded_once_or_not_at_all(dtype, tmp_path):
     assert model.model.language_model.layers[0].mlp.router.weight.dtype == torch.float32
     unrounded = receipt(out)["proof"]["informative"]["logits, from those by unrounded weights"]
     assert unrounded <= 1e-5 if dtype else 1e-4 < unrounded < 0.1
+
+
+@pytest.mark.parametrize("is_hosted", [False, True], ids=["composite", "qwen2_5_vl"])
+def test_a_cast_that_rounds_is_the_users_wish(is_hosted, tmp_path):
+    folder = tmp_path / "delta"
+    delta = save_hosted(folder, "qwen2_5_vl", moe=DELTA) if is_hosted else save_vlmoe(folder, text_moe=DELTA)
+    out = densify(DensifyArguments(delta, tmp_path / "out", dtype="bfloat16"))
+    state = AutoModelForImageTextToText.from_pretrained(out, dtype="auto").state_dict()
+    assert {value.dtype for name, value in state.items() if "router" not in name} == {torch.bfloat16}
+    assert {value.dtype for name, value in state.items() if "router" in name} == {torch.float32}
+    unrounded = [gap for what, gap in receipt(out)["proof"]["informative"].items() if "unrounded" in what]
+    assert unrounded
+    assert all(1e-4 < gap < 1 for gap in unrounded)
 
 
 def test_a_wrong_sum_is_no_checkpoint(delta, tmp_path, monkeypatch):
@@ -175,6 +186,19 @@ def test_the_error_is_reported_and_falls_with_the_rank(full, tmp_path):
     assert errors[2] == pytest.approx(wanted.mean().item(), rel=1e-4)
 
 
+def test_an_expert_of_zeros_has_an_error_that_is_a_number(tmp_path):
+    source = save_vlmoe(tmp_path / "model", **ALL_FULL)
+    model = AutoModelForImageTextToText.from_pretrained(source)
+    with torch.no_grad():
+        model.model.language_model.layers[0].mlp.experts.down_proj[1] = 0
+        model.model.language_model.layers[1].mlp.experts.down_proj.zero_()
+    model.save_pretrained(source)
+    errors = receipt(compress(CompressArguments(source, 2, tmp_path / "small")))["weight_errors"]
+    found = [errors[f"model.language_model.layers.{layer}.mlp.experts.down_proj"]["max"] for layer in (0, 1)]
+    assert 0 < found[0] < 10
+    assert found[1] == 0
+
+
 def test_a_half_precision_base_leaves_its_rounding_to_the_pairs(tmp_path):
     class Stack:
         def __init__(self, value):
@@ -204,25 +228,11 @@ def test_raises_when_there_is_nothing_to_compress(delta, full, tmp_path):
         compress(CompressArguments(full, None, tmp_path / "out"))
     with pytest.raises(ValueError, match="--rank is 0; expected 1 or more"):
         CompressArguments(full, 0, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"--rank is 40, but .*: a rank above 24 adds nothing"):
+    with pytest.raises(ValueError, match=r"expert_rank is 40, but .* a side of 24: a rank above that adds nothing"):
         compress(CompressArguments(full, 40, tmp_path / "out"))
 
 
 # Commands
-
-
-def test_a_host_has_delta_experts_that_are_not_rewritten(tmp_path):
-    dense = hosts.save(tmp_path / "dense", "qwen2_5_vl")
-    given = {"vlm_model": str(dense), "text_experts": 4, "expert_init": "delta", "expert_rank": 4}
-    made = upcycle(UpcycleArguments(**given, output_dir=str(tmp_path / "made")))  # proved
-    model = AutoModelForImageTextToText.from_pretrained(made)
-    assert len(delta_experts(model)) == len(list(sparse_blocks(model)))
-    refused = "is a qwen2_5_vl that is sparse in place. Give `vlmoe upcycle` its dense parent"
-    with pytest.raises(ValueError, match=f"vlmoe densify .* {refused}"):
-        densify(DensifyArguments(checkpoint=str(made), output_dir=str(tmp_path / "out")))
-    with pytest.raises(ValueError, match=f"vlmoe compress .* {refused}"):
-        compress(CompressArguments(checkpoint=str(made), rank=2, output_dir=str(tmp_path / "out")))
-    assert not (tmp_path / "out").exists()
 
 
 def run(*words):
@@ -250,6 +260,6 @@ def test_the_oracle_sums_by_itself(delta):
         width = experts.weight_shapes[experts.input_stack][1]
         x = torch.randn(9, width)
         weight, expert = torch.rand(9, 4).topk(2)
-        summed = rewrite_proof.SummedExperts(experts, torch.float32)
+        summed = SummedExperts(experts, torch.float32)
         with torch.no_grad():
             torch.testing.assert_close(summed(x, expert, weight), experts(x, expert, weight), rtol=1e-5, atol=1e-5)
