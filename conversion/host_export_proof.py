@@ -22,7 +22,7 @@ from .export_proof import LOGITS, NUM_TOKENS, ExportProof, run_proof
 from .gaps import Findings
 from .host_export import HostExportPlan
 from .host_inputs import Inputs, check_copied, host_inputs, open_written
-from .host_proof import accepted, host_logits
+from .host_proof import accepted, host_logits, source_logits, written_logits
 from .host_targets import HOST_PAIRS, dense_values, is_tied, text_part, text_place
 from .mapped_maths import mapped_maths
 from .native_arguments import TEXT
@@ -68,9 +68,9 @@ class HostExportProof(ExportProof):
         for number, (what, inputs) in enumerate(everything.items()):
             probes = [] if number else self._probes()  # what is first reads images and text
             with mapped_maths(), all_of([probe.noting() for probe in probes]):
-                wanted[what] = host_logits(self.vlmoe, inputs)
+                wanted[what] = source_logits(self.vlmoe, inputs, what, self.plan.source.given)
             with mapped_maths(), all_of([probe.comparing() for probe in probes]):
-                got = host_logits(self.native, inputs)
+                got = written_logits(self.native, inputs, what)
             self.findings.judge(f"{LOGITS} of {what}", wanted[what], got, cache(partial(self.moved, inputs)))
         check_host_meaning(self.plan, self.config)
         what = next(iter(everything))

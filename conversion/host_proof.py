@@ -15,6 +15,7 @@ from .host_inputs import PICTURE, Inputs, host_inputs, noise, open_written
 from .host_planning import InPlacePlan
 from .host_processor_classes import is_same_tokenizer
 from .host_processors import process
+from .parents import BROKEN
 from .part_proofs import PartProof
 from .probes import hooked
 
@@ -52,6 +53,50 @@ def host_logits(model: Any, inputs: dict[str, Any], generator: torch.Generator |
     hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: nudge(output, generator))
     with hooked(hook):
         return model(**nudged(given, generator)).logits
+
+
+def written_logits(model: Any, inputs: dict[str, Any], what: str) -> Tensor:
+    """The logits of a model that was written.
+
+    Args:
+        model: The VLM.
+        inputs: What it is given.
+        what: What that is, for messages.
+
+    Raises:
+        ProofError: when it cannot be run on it.
+    """
+    try:
+        return host_logits(model, inputs)
+    except ProofError:  # of a probe inside
+        raise
+    except BROKEN as error:  # whatever the host's code stumbles over
+        raise ProofError(f"What was written cannot be run on {what}: {error}. No checkpoint is written.") from error
+
+
+def source_logits(
+    model: Any, inputs: dict[str, Any], what: str, given: str, generator: torch.Generator | None = None
+) -> Tensor:
+    """The logits of the checkpoint that another is made of.
+
+    Args:
+        model: The VLM.
+        inputs: What it is given.
+        what: What that is, for messages.
+        given: What messages call the checkpoint.
+        generator: As of `host_logits`.
+
+    Raises:
+        ValueError: when it cannot be run on it.
+    """
+    try:
+        return host_logits(model, inputs, generator)
+    except ProofError:
+        raise
+    except BROKEN as error:
+        raise ValueError(
+            f"{given} cannot be run, as it is, on what its processor makes of {what}: {error}. Mend or replace it."
+        ) from error
 
 
 class HostProof(PartProof):

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gaps import ProofError
-from .host_inputs import Inputs, check_copied, host_inputs, open_written
-from .host_proof import host_logits
+from .host_inputs import check_copied, host_inputs, open_written
+from .host_proof import source_logits, written_logits
 from .mapped_maths import mapped_maths
-from .parents import BROKEN
 from .rewrite_plan import HostRewritePlan
 from .rewritten_models import Rewriting
 
@@ -43,17 +41,6 @@ class HostRewriting(Rewriting):
             return {f"logits of {what}": self._logits(model, what, generator) for what in self.inputs}
 
     def _logits(self, model: Any, what: str, generator: torch.Generator | None) -> Tensor:
-        inputs: Inputs = self.inputs[what]
-        try:
-            return host_logits(model, inputs, generator)
-        except ProofError:  # of a probe inside
-            raise
-        except BROKEN as error:  # whatever the host's code stumbles over
-            if model is self.written:
-                raise ProofError(
-                    f"What was written cannot be run on {what}: {error}. No checkpoint is written."
-                ) from error
-            raise ValueError(
-                f"{self.plan.source.given} cannot be run, as it is, on what its processor makes of {what}: {error}. "
-                "Mend or replace it."
-            ) from error
+        if model is self.written:
+            return written_logits(model, self.inputs[what], what)
+        return source_logits(model, self.inputs[what], what, self.plan.source.given, generator)
