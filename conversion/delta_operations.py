@@ -7,16 +7,13 @@ the rank, by truncated SVD (Eckart and Young, 1936). All sums are in float32, al
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .assignments import Assignment, DenseTensor, Drawing
 from .seeding import tensor_generator
 from .streaming import cast_blocks
-
-if TYPE_CHECKING:
-    from .mapping import Assignment, DenseTensor, Drawing
 
 # Singular values below this share of the largest are nothing but rounding.
 FLAT = 1e-7
@@ -33,24 +30,24 @@ def drawn_a(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-def base_blocks(assignment: "Assignment", drawing: "Drawing") -> Iterator[Tensor]:
+def base_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
     """The dense tensors, one after the other."""
     for dense in assignment.dense:
         yield from cast_blocks(dense.read(), assignment.spec.dtype)
 
 
-def pair_a_blocks(assignment: "Assignment", drawing: "Drawing") -> Iterator[Tensor]:
+def pair_a_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
     """`a`, drawn by its name."""
     generator = tensor_generator(drawing.seed, assignment.spec.name)
     yield drawn_a(assignment.spec.shape, generator).to(assignment.spec.dtype)
 
 
-def pair_b_blocks(assignment: "Assignment", drawing: "Drawing") -> Iterator[Tensor]:
+def pair_b_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
     """`b`, zero."""
     yield torch.zeros(assignment.spec.shape, dtype=assignment.spec.dtype)
 
 
-def sum_blocks(assignment: "Assignment", drawing: "Drawing") -> Iterator[Tensor]:
+def sum_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
     """Whole experts, `base + b a`, one after the other, rounded once."""
     base, a, b = (dense.read() for dense in assignment.dense)
     for expert_a, expert_b in zip(a, b, strict=True):
@@ -92,7 +89,7 @@ def best_pair(difference: Tensor, rank: int, generator: torch.Generator) -> tupl
 
 @lru_cache(maxsize=1)
 def stack_pairs(
-    stack: "DenseTensor", rank: int, seed: int, name: str, dtype: torch.dtype
+    stack: DenseTensor, rank: int, seed: int, name: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A stack's base, and the pairs of all its experts: (rows, columns), (E, rank, columns), (E, rows, rank)."""
     weights, generator = stack.read(), tensor_generator(seed, name)
@@ -101,7 +98,7 @@ def stack_pairs(
     return base, torch.stack([a for a, _ in pairs]).to(dtype), torch.stack([b for _, b in pairs]).to(dtype)
 
 
-def compressed_blocks(assignment: "Assignment", drawing: "Drawing") -> Iterator[Tensor]:
+def compressed_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
     """One of the three tensors that a stack becomes; which, its name and shape say."""
     name, (stack,) = assignment.spec.name, assignment.dense
     weight, _, suffix = name.replace(".deltas.", ".").rpartition("_")
@@ -113,7 +110,7 @@ def compressed_blocks(assignment: "Assignment", drawing: "Drawing") -> Iterator[
     yield a if suffix == "a" else b
 
 
-# By name; those of `mapping.STACKED` make something per expert.
+# By name; those of `assignments.STACKED` make something per expert.
 DELTA_OPERATIONS = {
     "base": base_blocks,
     "pair a": pair_a_blocks,
@@ -123,4 +120,3 @@ DELTA_OPERATIONS = {
     "best a": compressed_blocks,
     "best b": compressed_blocks,
 }
-PER_EXPERT = ("pair a", "pair b", "sum", "best a", "best b")

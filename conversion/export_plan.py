@@ -17,9 +17,10 @@ from modeling_vlmoe.mlp_layouts import find_layout, is_biased
 from modeling_vlmoe.text_head import head_maths
 from modeling_vlmoe.towers import find_dense_mlp
 
+from .assignments import EXPERTS
 from .dense_tensors import DenseTensors, find_dense_tensors
 from .llava_parents import NUM_LEFT_OUT
-from .mapping import EXPERTS, PART_PREFIX, Mapping
+from .mapping import PART_PREFIX, Mapping
 from .meta_models import build_on_meta
 from .native_arguments import TEXT, ExportArguments
 from .native_mapping import DRAWING, LLAVA_NAMES, DenseForm, Names, NativeMapping, all_equal

@@ -12,13 +12,14 @@ from modeling_vlmoe.delta_experts import refuse_delta_config
 from modeling_vlmoe.moe_config import PARTS
 from modeling_vlmoe.parts import blocks_of
 
+from .assignments import EXPERTS
 from .dense_tensors import DenseTensors, find_dense_tensors, head_name
 from .export_plan import IMAGE_PARTS, ExportPlan, describe_experts, obstacles, text_names
 from .host_mapping import EqualCopies, HostMapping, StoredNames, check_total, text_prefix
 from .host_planning import sub_configs
 from .host_processors import copy_processor, load_processor
 from .host_targets import build_native_host, dense_values, host_config, host_text_config, is_tied, text_part
-from .mapping import EXPERTS, SparseMLP, sparse_mlps
+from .mapping import SparseMLP, sparse_mlps
 from .meta_models import build_on_meta
 from .native_arguments import LLAVA, NATIVE, TEXT, ExportArguments
 from .native_mapping import Names, all_equal

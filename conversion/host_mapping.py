@@ -27,8 +27,9 @@ from transformers.core_model_loading import (
 
 from modeling_vlmoe.parts import find_towers
 
+from .assignments import EXPERTS, ROUTER, Assignment, StackRows
 from .dense_tensors import KeyRenamer, head_name
-from .mapping import EXPERTS, ROUTER, Assignment, Mapping, SparseMLP, StackRows
+from .mapping import Mapping, SparseMLP
 from .meta_models import target_shapes
 from .native_mapping import SHARED, NativeMapping
 from .native_targets import Pair

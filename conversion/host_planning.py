@@ -14,11 +14,12 @@ from modeling_vlmoe.modeling_in_place import sparse_class_of
 from modeling_vlmoe.parts import text_root, vision_root
 
 from .arguments import NATIVE, UpcycleArguments
+from .assignments import DenseTensor
 from .dense_tensors import DenseTensors
 from .host_parents import host_values
 from .host_processor_classes import check_image_processor_named, name_classes
 from .host_processors import copy_processor, from_parent
-from .mapping import DenseTensor, map_tensors, sparse_mlps
+from .mapping import map_tensors, sparse_mlps
 from .meta_models import build_vlm
 from .native_tensors import find_native_tensors
 from .parents import Parent

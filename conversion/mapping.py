@@ -12,8 +12,6 @@ It is data: a list of `Assignment`s, which is printed by `--dry-run`, written by
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
-from math import prod
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,194 +21,20 @@ from modeling_vlmoe.mlp_layouts import MLPLayout, find_activation, find_inner_no
 from modeling_vlmoe.parts import find_connector, find_towers
 from modeling_vlmoe.towers import find_dense_mlp
 
-from .delta_operations import DELTA_OPERATIONS, PER_EXPERT
-from .expert_init import EXPERT_INITS, ExpertInit, ExpertSlot
+from .assignments import (
+    DELTAS,
+    EXPERTS,
+    ROUTER,
+    Assignment,
+    DenseTensor,
+    Drawing,
+    TransposedTensor,
+)
 from .meta_models import target_shapes
-from .router_init import ROUTER_INITS, RouterInit
-from .seeding import tensor_generator
-from .streaming import TensorSpec, cast_blocks, row_blocks
+from .operations import OPERATIONS
+from .streaming import TensorSpec
 
 PART_PREFIX = {"text": "model.language_model.", "vision": "model.vision_tower.", "connector": "model.connector."}
-EXPERTS, ROUTER = ".experts.", ".router."
-DELTAS = "deltas."
-STACKED = ("experts", "stack", "expert", *PER_EXPERT)  # operations that make experts, of which a token uses some
-
-
-class TensorSource(Protocol):
-    """Whatever gives tensors by name: a parent's checkpoint, or a connector that is drawn."""
-
-    @property
-    def names(self) -> list[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def dtype(self, name: str) -> torch.dtype: ...
-    def tensor(self, name: str) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class DenseTensor:
-    """One dense tensor: where it is read, and under which name."""
-
-    source: TensorSource
-    name: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape(self.name)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype(self.name)
-
-    @property
-    def stored(self) -> "DenseTensor":
-        """What is read, however it is looked at."""
-        return self
-
-    def read(self) -> Tensor:
-        return self.source.tensor(self.name)
-
-
-@dataclass(frozen=True)
-class StackRows(DenseTensor):
-    """Some rows of one expert in a stack (E, rows, ...), or of every expert where `expert` is None."""
-
-    expert: int | None
-    start: int
-    stop: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        num_experts, _, *rest = super().shape
-        rows = self.stop - self.start
-        return (num_experts, rows, *rest) if self.expert is None else (rows, *rest)
-
-    def read(self) -> Tensor:
-        stack = super().read()[:, self.start : self.stop]
-        return stack if self.expert is None else stack[self.expert]
-
-
-@dataclass(frozen=True)
-class TransposedTensor(DenseTensor):
-    """A matrix that is stored (in, out), as (out, in)."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return super().shape[::-1]
-
-    @property
-    def stored(self) -> DenseTensor:
-        return DenseTensor(self.source, self.name)
-
-    def read(self) -> Tensor:
-        return super().read().mT
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """How one tensor of the sparse model is filled.
-
-    Attributes:
-        spec: The target's name, dtype and shape.
-        operation: A key of `OPERATIONS`.
-        dense: The dense tensors it is made of, in the order of its rows.
-        dense_names: What they are called inside their MLP (for experts).
-        num_experts: Experts in the stack (for experts and routers).
-        num_active: How many of them a token uses.
-    """
-
-    spec: TensorSpec
-    operation: str
-    dense: tuple[DenseTensor, ...] = ()
-    dense_names: tuple[str, ...] = ()
-    num_experts: int = 1
-    num_active: int = 1
-
-    @property
-    def num_parameters(self) -> int:
-        return prod(self.spec.shape)
-
-    @property
-    def num_active_parameters(self) -> int:
-        return (
-            self.num_parameters * self.num_active // self.num_experts
-            if self.operation in STACKED
-            else self.num_parameters
-        )
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """What the operations draw with."""
-
-    expert_init: str
-    router_init: str
-    seed: int
-
-
-def copy_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
-    """The dense tensor as it is: stored by a parent, or drawn by its source."""
-    yield from cast_blocks(assignment.dense[0].read(), assignment.spec.dtype)
-
-
-def expert_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
-    """Expert after expert, each from the same mapped pages."""
-    init: ExpertInit = EXPERT_INITS[drawing.expert_init]
-    mlp = assignment.spec.name.rpartition(EXPERTS)[0]
-    for expert in range(assignment.num_experts):
-        for dense, dense_name in zip(assignment.dense, assignment.dense_names, strict=True):
-            made = init(dense.read(), ExpertSlot(mlp, dense_name, expert, drawing.seed))
-            yield from cast_blocks(made, assignment.spec.dtype)
-
-
-def stack_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
-    """Tensors one after the other: those of a stack's experts, in their order."""
-    for dense in assignment.dense:
-        yield from cast_blocks(dense.read(), assignment.spec.dtype)
-
-
-def router_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
-    """A router, drawn by its name."""
-    init: RouterInit = ROUTER_INITS[drawing.router_init]
-    generator = tensor_generator(drawing.seed, assignment.spec.name)
-    num_experts, width = assignment.spec.shape
-    yield from cast_blocks(init(num_experts, width, generator), assignment.spec.dtype)
-
-
-def grown_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
-    """The dense rows, and for each new token their mean."""
-    dense = assignment.dense[0].read()
-    yield from cast_blocks(dense, assignment.spec.dtype)
-    total = torch.zeros(dense.shape[1:])
-    for block in row_blocks(dense):
-        total += block.to(torch.float32).sum(0)
-    mean = (total / dense.shape[0]).to(assignment.spec.dtype)
-    yield mean.expand(assignment.spec.shape[0] - dense.shape[0], *mean.shape)
-
-
-def mean_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
-    """The mean over the experts of a stack, (E, rows, ...)."""
-    stack, total = assignment.dense[0].read(), torch.zeros(assignment.spec.shape)
-    for expert in stack:
-        total += expert
-    yield (total / len(stack)).to(assignment.spec.dtype)
-
-
-def zero_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
-    """Zeros."""
-    yield torch.zeros(assignment.spec.shape, dtype=assignment.spec.dtype)
-
-
-OPERATIONS: dict[str, Callable[[Assignment, Drawing], Iterator[Tensor]]] = {
-    "copy": copy_blocks,
-    "expert": copy_blocks,
-    "experts": expert_blocks,
-    "stack": stack_blocks,
-    "router": router_blocks,
-    "grow": grown_blocks,
-    "mean": mean_blocks,
-    "zeros": zero_blocks,
-    **DELTA_OPERATIONS,
-}
 
 
 def is_one_memory(blocks: Iterator[Tensor], length: int, times: int) -> bool:

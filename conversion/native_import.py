@@ -15,19 +15,11 @@ from transformers import PreTrainedConfig
 from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, register
 from modeling_vlmoe.mlp_layouts import LAYOUTS
 
+from .assignments import EXPERTS, Assignment, DenseTensor, Drawing
 from .connector_init import DrawnConnector
 from .dense_tensors import DenseTensors, find_dense_tensors
 from .llava_parents import check_llava_head, is_llava, vlmoe_fields
-from .mapping import (
-    EXPERTS,
-    PART_PREFIX,
-    Assignment,
-    DenseTensor,
-    Drawing,
-    Mapping,
-    SparseMLP,
-    vocabulary_modules,
-)
+from .mapping import PART_PREFIX, Mapping, SparseMLP, vocabulary_modules
 from .meta_models import build_on_meta, target_shapes
 from .native_arguments import ImportArguments
 from .native_targets import SPARSE_FAMILIES, from_native, is_native_sparse

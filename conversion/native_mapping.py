@@ -17,8 +17,9 @@ from torch import Tensor
 
 from modeling_vlmoe.mlp_layouts import MLPLayout
 
+from .assignments import EXPERTS, ROUTER, Assignment, DenseTensor, Drawing, StackRows
 from .dense_tensors import DenseTensors
-from .mapping import EXPERTS, PART_PREFIX, ROUTER, Assignment, DenseTensor, Drawing, Mapping, StackRows
+from .mapping import PART_PREFIX, Mapping
 from .native_targets import IDLE_SHARED_WIDTH, Pair, dense_layers
 from .streaming import TensorSpec
 

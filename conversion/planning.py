@@ -12,13 +12,14 @@ from modeling_vlmoe.moe_config import PARTS
 from modeling_vlmoe.text_head import find_head
 
 from .arguments import UpcycleArguments, parse_layers
+from .assignments import DenseTensor
 from .connector_init import DrawnConnector
 from .dense_tensors import DenseTensors, find_dense_tensors
 from .expert_init import DELTA
 from .host_parents import is_host
 from .host_planning import plan_in_place
 from .llava_parents import is_llava, name_in_vlmoe, vlmoe_fields
-from .mapping import PART_PREFIX, DenseTensor, map_tensors, sparse_mlps
+from .mapping import PART_PREFIX, map_tensors, sparse_mlps
 from .meta_models import build_on_meta, target_shapes
 from .native_tensors import find_native_tensors
 from .parents import Parent, open_parents

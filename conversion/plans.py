@@ -9,10 +9,11 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from .arguments import UpcycleArguments
+from .assignments import DenseTensor, Drawing
 from .dense_tensors import DenseTensors
 from .expert_init import EXPERT_INITS
 from .gaps import DENSE_CLAIM
-from .mapping import DenseTensor, Drawing, Mapping, SparseMLP
+from .mapping import Mapping, SparseMLP
 from .parents import BROKEN, Parent
 from .router_init import ROUTER_INITS
 from .streaming import read_json

@@ -17,13 +17,14 @@ from modeling_vlmoe.modeling_in_place import is_in_place
 from modeling_vlmoe.moe_config import PARTS
 from modeling_vlmoe.towers import sparse_blocks
 
+from .assignments import DELTAS, EXPERTS, ROUTER, Assignment, DenseTensor, Drawing
 from .delta_arguments import CompressArguments, DensifyArguments
 from .dense_tensors import DenseTensors, find_dense_tensors
 from .export_plan import check_is_vlmoe, dense_twin
 from .host_planning import sub_configs
 from .host_processor_classes import name_classes
 from .host_processors import copy_processor, load_processor
-from .mapping import DELTAS, EXPERTS, ROUTER, Assignment, DenseTensor, Drawing, Mapping
+from .mapping import Mapping
 from .meta_models import build_vlm, target_shapes
 from .parents import Parent
 from .plans import DTYPES, load_generation

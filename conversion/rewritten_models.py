@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .assignments import DELTAS, EXPERTS
 from .block_probes import BlockProbe
 from .dense_tensors import map_sparse
 from .gaps import Findings, measure_gap
-from .mapping import DELTAS, EXPERTS
 from .probes import all_of
 from .rewrite_plan import CLAIM, RewritePlan
 from .seeding import tensor_generator

@@ -19,8 +19,9 @@ from modeling_vlmoe import VLMoEConfig, VLMoEProcessor
 from modeling_vlmoe.image_inputs import IMAGE_KEYS
 from modeling_vlmoe.sparse_moe import Experts
 
+from .assignments import Drawing
 from .gaps import ProofError
-from .mapping import Drawing, Mapping
+from .mapping import Mapping
 from .meta_models import build_vlm, fill_mapped, in_float32, target_shapes
 from .page_flow import PageFlow
 from .plans import UpcyclePlan

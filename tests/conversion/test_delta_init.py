@@ -140,15 +140,16 @@ def test_in_memory_too(parents):
 
 
 def test_a_wrong_base_is_no_checkpoint(parents, tmp_path, monkeypatch):
-    from modeling_vlmoe.conversion import mapping
 
-    right = mapping.OPERATIONS["base"]
+    from modeling_vlmoe.conversion import operations
+
+    right = operations.OPERATIONS["base"]
 
     def wrong(assignment, drawing):
         for block in right(assignment, drawing):
             yield block.flip(0)
 
-    monkeypatch.setitem(mapping.OPERATIONS, "base", wrong)
+    monkeypatch.setitem(operations.OPERATIONS, "base", wrong)
     with pytest.raises(ProofError, match=r"layers.0.mlp on"):
         upcycle(arguments(parents, output_dir=tmp_path / "out", text_experts=4))
     assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from modeling_vlmoe.conversion import (
     compress,
     densify,
     export,
-    mapping,
+    operations,
 )
 from modeling_vlmoe.conversion.delta_operations import best_pair, stack_pairs
 from modeling_vlmoe.conversion.rewriting import REWRITE_RECEIPT_NAME, preview_rewrite
@@ -102,12 +102,12 @@ def test_a_cast_that_rounds_is_the_users_wish(is_hosted, tmp_path):
 
 
 def test_a_wrong_sum_is_no_checkpoint(delta, tmp_path, monkeypatch):
-    right = mapping.OPERATIONS["sum"]
+    right = operations.OPERATIONS["sum"]
 
     def wrong(assignment, drawing):
         yield from reversed(list(right(assignment, drawing)))
 
-    monkeypatch.setitem(mapping.OPERATIONS, "sum", wrong)
+    monkeypatch.setitem(operations.OPERATIONS, "sum", wrong)
     with pytest.raises(ProofError, match="The model with whole experts is not the model with delta experts"):
         densify(DensifyArguments(delta, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from modeling_vlmoe.conversion import (
     densify,
     export,
     host_inputs,
-    mapping,
+    operations,
     rewrite_plan,
     upcycle,
 )
@@ -212,13 +212,13 @@ def test_the_lm_alone_is_exported_beside_delta_experts_in_the_vit(tmp_path):
 
 
 def test_a_wrong_sum_is_no_checkpoint(saved, tmp_path, monkeypatch, leaves_nothing):
-    right = mapping.OPERATIONS["sum"]
+    right = operations.OPERATIONS["sum"]
 
     def wrong(assignment, drawing):
         blocks = list(right(assignment, drawing))
         yield from reversed(blocks) if ".visual.merger." in assignment.spec.name else blocks
 
-    monkeypatch.setitem(mapping.OPERATIONS, "sum", wrong)
+    monkeypatch.setitem(operations.OPERATIONS, "sum", wrong)
     said = (
         r"The model with whole experts is not the model with delta experts: model\.visual\.merger\.mlp .* differs by"
     )

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoProcessor
 
 from modeling_vlmoe.conversion import upcycle
-from modeling_vlmoe.conversion.mapping import DenseTensor, map_tensors
+from modeling_vlmoe.conversion.assignments import DenseTensor
+from modeling_vlmoe.conversion.mapping import map_tensors
 from modeling_vlmoe.conversion.planning import plan_upcycle
 from modeling_vlmoe.conversion.summaries import format_bytes
 from modeling_vlmoe.conversion.upcycle import preview
