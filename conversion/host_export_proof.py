@@ -59,7 +59,7 @@ class HostExportProof(ExportProof):
             return plain_text
         check_copied(self.plan.source.folder, self.folder)
         written = open_written(self.folder, self.plan.source.given, self.plan.native.model_type)
-        found, not_made = host_inputs(written, self.plan.source.given, self.plan.drawing.seed)
+        found, not_made = host_inputs(written, self.plan.config, self.plan.source.given, self.plan.drawing.seed)
         self.plan.not_read = self.plan.not_read or not_made  # the receipt and the command say so
         return found | plain_text
 

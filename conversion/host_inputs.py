@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from transformers.utils import PROCESSOR_NAME
 
+from modeling_vlmoe.moe_config import part_config
+
 from .gaps import ProofError
-from .host_processor_classes import PROCESSOR_CLASS, VIDEO, named_class
+from .host_processor_classes import IMAGE, PROCESSOR_CLASS, VIDEO, named_class
 from .host_processors import load_processor, process, process_video, processor_files
 from .processors import SHOWN_SIZES
 from .seeding import tensor_generator
@@ -18,6 +20,7 @@ from .streaming import read_json
 
 Inputs = dict[str, Any]
 NUM_FRAMES = 4
+NUM_WORDS = 8  # of an answer
 PICTURE, VIDEO_TEXT = "a picture and text", "a video and text"
 NOT_MADE = "its processor makes nothing of a video of small frames"
 
@@ -29,11 +32,27 @@ def noise(seed: int, number: int) -> Image.Image:
     return Image.fromarray(torch.randint(256, (height, width, 3), dtype=torch.uint8, generator=generator).numpy())
 
 
-def host_inputs(processor: Any, given: str, seed: int) -> tuple[dict[str, Inputs], str | None]:
+def pictures(processor: Any, seed: int) -> list[Image.Image]:
+    """A picture of noise, or for a processor of frames alone (InstructBLIP-Video's) some."""
+    reads_frames_alone = {IMAGE, VIDEO} & set(processor.get_attributes()) == {VIDEO}
+    return [noise(seed, number) for number in range(NUM_FRAMES if reads_frames_alone else 1)]
+
+
+def answer(config: Any, seed: int) -> Inputs:
+    """Words of an answer, (1, words), for a decoder behind an encoder: no processor makes any."""
+    if not config.is_encoder_decoder:
+        return {}
+    size = part_config(config, "text").vocab_size
+    generator = tensor_generator(seed, "proof of answer")
+    return {"decoder_input_ids": torch.randint(size, (1, NUM_WORDS), generator=generator)}
+
+
+def host_inputs(processor: Any, config: Any, given: str, seed: int) -> tuple[dict[str, Inputs], str | None]:
     """What a processor makes of a picture, and of a video; by what it is.
 
     Args:
         processor: The host's, as it was written.
+        config: The sparse model's.
         given: What messages call the model.
         seed: Of the noise.
 
@@ -43,12 +62,13 @@ def host_inputs(processor: Any, given: str, seed: int) -> tuple[dict[str, Inputs
     Raises:
         ValueError: when it reads no picture.
     """
-    found = {PICTURE: process(processor, [noise(seed, 0)], given)}
-    if VIDEO not in processor.get_attributes():
+    words = answer(config, seed)
+    found = {PICTURE: words | process(processor, pictures(processor, seed), given)}
+    if not {IMAGE, VIDEO} <= set(processor.get_attributes()):
         return found, None
     if (video := process_video(processor, [noise(seed, number) for number in range(NUM_FRAMES)])) is None:
         return found, NOT_MADE
-    return found | {VIDEO_TEXT: video}, None
+    return found | {VIDEO_TEXT: words | video}, None
 
 
 def open_written(folder: Path, given: str, model_type: str | None) -> Any:

@@ -24,7 +24,7 @@ from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
 from modeling_vlmoe.model_cards.side_files import EVAL_RESULTS_NAME, TRAINER_STATE_NAME
 
 from .delta_arguments import REWRITE_RECEIPT_NAME
-from .host_processor_classes import VIDEO, processor_class_of
+from .host_processor_classes import IMAGE, VIDEO, processor_class_of
 from .parents import BROKEN, WANTED_FILES, Parent
 
 # In a parent's folder, but not its processor's; weights and their index are told by their names' ends.
@@ -126,7 +126,8 @@ def load_processor(folder: Path, given: str, model_type: str | None) -> tuple[An
     """
     found = processor_class_of(folder, model_type)
     try:
-        does_without = found is not None and VIDEO in found.get_attributes() and not is_torchvision_available()
+        parts = [] if found is None else found.get_attributes()
+        does_without = {IMAGE, VIDEO} <= set(parts) and not is_torchvision_available()
         loader: Any = without_videos(found, folder) if does_without else (found or AutoProcessor)
         processor = loader.from_pretrained(folder, trust_remote_code=False)
     except (*BROKEN, ImportError) as error:

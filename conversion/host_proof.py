@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers.utils import PROCESSOR_NAME
 
+from modeling_vlmoe.parts import word_embedding
+
 from .dense_runs import DenseRun, reference_model
 from .gaps import ProofError, nudge
-from .host_inputs import PICTURE, Inputs, host_inputs, noise, open_written
+from .host_inputs import PICTURE, Inputs, host_inputs, open_written, pictures
 from .host_planning import InPlacePlan
 from .host_processor_classes import is_same_tokenizer
 from .host_processors import process
@@ -50,7 +52,7 @@ def host_logits(model: Any, inputs: dict[str, Any], generator: torch.Generator |
     given = accepted(model, inputs) | {"use_cache": False}
     if generator is None:
         return model(**given).logits
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: nudge(output, generator))
+    hook = word_embedding(model).register_forward_hook(lambda module, args, output: nudge(output, generator))
     with hooked(hook):
         return model(**nudged(given, generator)).logits
 
@@ -117,9 +119,9 @@ class HostProof(PartProof):
                 f"The tokenizer that was written ({type(written.tokenizer).__name__}) does not split texts as its "
                 f"parent's ({type(plan.processor.tokenizer).__name__}). No checkpoint is written."
             )
-        found, not_made = host_inputs(written, given, plan.drawing.seed)
+        found, not_made = host_inputs(written, plan.config, given, plan.drawing.seed)
         plan.not_read = plan.not_read or not_made  # the receipt and the command say so
-        for name, value in process(plan.processor, [noise(plan.drawing.seed, 0)], given).items():
+        for name, value in process(plan.processor, pictures(plan.processor, plan.drawing.seed), given).items():
             got = found[PICTURE].get(name)
             if isinstance(value, Tensor) and not (isinstance(got, Tensor) and torch.equal(value, got)):
                 raise ProofError(

@@ -32,7 +32,7 @@ class HostRewriting(Rewriting):
         super().__init__(plan, folder)
         given = plan.source.given
         check_copied(plan.source.folder, folder)
-        self.inputs, not_made = host_inputs(open_written(folder, given, None), given, plan.drawing.seed)
+        self.inputs, not_made = host_inputs(open_written(folder, given, None), plan.config, given, plan.drawing.seed)
         plan.not_read = plan.not_read or not_made  # the receipt and the command say so
 
     def results(self, model: Any, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling_vlmoe.mlp_layouts import MLPLayout, find_activation, find_inner_norm, is_biased
-from modeling_vlmoe.parts import find_connector, find_towers
+from modeling_vlmoe.parts import find_connector, find_towers, word_embedding
 from modeling_vlmoe.towers import find_dense_mlp
 
 from .assignments import (
@@ -205,7 +205,7 @@ def map_tensors(
 
 def vocabulary_modules(model: PreTrainedModel) -> list[str]:
     """Names of the modules that have one row per token: embedding and head."""
-    wanted = (model.get_input_embeddings(), model.get_output_embeddings())
+    wanted = (word_embedding(model), model.get_output_embeddings())
     return [name for name, module in model.named_modules() if any(module is one for one in wanted)]
 
 

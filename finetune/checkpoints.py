@@ -89,11 +89,25 @@ def load_processor(
     """The model's processor, our own or a host's.
 
     Raises:
-        ValueError: if there is none, or it is another model's.
+        ValueError: if there is none, it is another model's, or the model is of a kind that is not tuned here.
     """
+    check_decoder(str(model), config)
     processor = open_processor(model, config, revision=revision, trust_remote_code=trust_remote_code)
     check_processor(processor, config)
     return processor
+
+
+def check_decoder(model: str, config: Any) -> None:
+    """Refuses a model whose encoder would read the answers, which are laid out behind the questions.
+
+    Raises:
+        ValueError: naming the model.
+    """
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"model {model} has an encoder for the question and a decoder for the answer; conversations are laid out "
+            "as one text, so the encoder would read the answers. Give a model whose LLM has no encoder."
+        )
 
 
 def open_processor(name: str | Path, config: Any, **hub: Any) -> Any:

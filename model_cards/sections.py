@@ -52,6 +52,12 @@ def experts(moe: Mapping[str, Any] | None) -> str:
     return f"{moe['num_experts']} experts{kind}{which_layers(moe.get('layers'))}, top-{moe['num_experts_per_tok']}"
 
 
+def describe_tower(config: Any) -> str:
+    """What a tower is and how large, as far as its configuration says; Florence-2's ViT has no one depth and width."""
+    sizes = {"layers": getattr(config, "num_hidden_layers", None), "wide": getattr(config, "hidden_size", None)}
+    return ", ".join([config.model_type, *(f"{size} {what}" for what, size in sizes.items() if size is not None)])
+
+
 def describe_parts(facts: CardFacts) -> str:
     """The towers and their experts, one line each."""
     settings = facts.receipt.get("settings") or {}
@@ -63,7 +69,7 @@ def describe_parts(facts: CardFacts) -> str:
             moe = None if moe is None else moe.to_dict()
             tower = getattr(facts.config, f"{part}_config", None)
             if tower is not None:
-                shape = f"{tower.model_type}, {tower.num_hidden_layers} layers, {tower.hidden_size} wide; "
+                shape = f"{describe_tower(tower)}; "
         elif f"{part}_moe" in settings:
             moe = settings[f"{part}_moe"]
         else:

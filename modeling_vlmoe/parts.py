@@ -37,9 +37,16 @@ def has_layers(module: nn.Module) -> bool:
 
 
 def with_layers(module: nn.Module) -> nn.Module:
-    """The model inside a module that holds the layers (of a causal LM its base model); itself where none does."""
-    inner = [child for child in module.modules() if isinstance(child, PreTrainedModel)]
-    return next((one for one in inner if has_layers(one)), module)
+    """The model inside a module that holds the layers; itself where none does.
+
+    Of several around the same layers it is the innermost, which is always called: BLIP-2's OPT calls its decoder
+    past the base model around it (transformers 5.23).
+    """
+    inner = [child for child in module.modules() if isinstance(child, PreTrainedModel) and has_layers(child)]
+    if not inner:
+        return module
+    layers = tower_layers(inner[0])[1]
+    return [child for child in inner if tower_layers(child)[1] is layers][-1]
 
 
 def path_of(model: nn.Module, wanted: nn.Module) -> str:
@@ -55,8 +62,21 @@ def path_of(model: nn.Module, wanted: nn.Module) -> str:
 
 
 def text_root(model: PreTrainedModel) -> nn.Module:
-    """The LLM, as the host tells it: the tower, or a causal LM around it."""
-    return model.get_decoder()
+    """The LLM, as the host tells it: the tower, or a causal LM around it; of one with an encoder (Florence-2's BART)
+    its decoder.
+    """
+    root: Any = model.get_decoder()
+    return root.get_decoder() if getattr(root.config, "is_encoder_decoder", False) else root
+
+
+def word_embedding(model: Any) -> Any:
+    """The embedding of words: the model's, or its LLM's where the host does not say (PP-FormulaNet in transformers
+    5.23, whose `get_input_embeddings` raises NotImplementedError).
+    """
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return text_root(model).get_input_embeddings()  # type: ignore[operator]
 
 
 def vision_root(model: Any) -> nn.Module | None:

@@ -18,6 +18,8 @@ from .routing import micro_batch_share
 
 # What outputs call the router logits of each part.
 LOGITS = {"text": "router_logits", "vision": "vision_router_logits", "connector": "connector_router_logits"}
+# What the mask of the LLM's tokens is called: without an encoder, and with one, whose tokens the first masks then.
+LLM_MASKS = ("attention_mask", "decoder_attention_mask")
 _ROUTED_OUTPUTS: dict[type, Any] = {}
 
 
@@ -110,7 +112,8 @@ def run_routed(model: Any, dense_forward: Callable[..., Any], given: dict[str, A
     wants_logits = wants_router_logits(body, given.pop("output_router_logits", None))
     labels: Tensor | None = given.get("labels")
     share = micro_batch_share(labels, given.get("num_items_in_batch"))
-    context = body.router_context(given.get("attention_mask"), share, has_loss=labels is not None)
+    mask = given.get(LLM_MASKS[bool(body.config.is_encoder_decoder)])
+    context = body.router_context(mask, share, has_loss=labels is not None)
     if context is None and not wants_logits:
         return dense_forward(model, **given)
     is_tuple = wants_tuple(model, given.get("return_dict"))

@@ -23,11 +23,13 @@ class Finding:
         family: its model type.
         part: "text", "vision" or "vlm".
         kind: one of `KINDS` (table.py).
-        gap: of logits or features, in standard deviations of the dense result; None where it was not converted.
+        gap: of logits or features, in standard deviations of the dense result; of a VLM that takes no text without an
+            image, that of its MLPs; None where it was not converted.
         layouts: how its MLPs are written.
         reads: what a vision tower reads, or in which form a VLM was given an image; empty where it was given none.
         whole: the gap inside a written vision-language model.
-        reason: why it was not converted; of a VLM that was, why parts of it stay dense, and it was given no image.
+        reason: why it was not converted, or not measured; of a VLM that was, why parts of it stay dense, and what it
+            was not given.
         floor: the dense VLM's own rounding, where the gap had to be judged by it.
         image_gap: of a VLM's logits of an image and text.
         image_floor: as `floor`, of that gap.

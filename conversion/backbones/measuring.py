@@ -29,7 +29,7 @@ from ..upcycle import upcycle
 from .families import VISION_TABLES, config_class, registered_class, registered_families
 from .findings import FIRST_WORD, NUM_EXPERTS, NUM_TOKENS, Finding, first_tokens, judged, one_line
 from .measuring_vlms import measure_vlm
-from .table import CONVERTED, OTHER, PARTS, REFUSED, SPARSE, check_known
+from .table import CONVERTED, NOT_MEASURED, OTHER, PARTS, REFUSED, SPARSE, check_known
 from .tiny_configs import IMAGE_SIZE, VOCABULARY
 from .tiny_parents import IMAGE, build_parent, save_parent, save_partner
 from .tower_inputs import CallForm, call_form
@@ -125,7 +125,7 @@ def measure_text(family: str) -> Finding:
         try:
             layouts = layouts_of(parent.base_model)
             sparse = upcycled(family, "text", parent, Path(folder))
-        except BROKEN as error:
+        except ValueError as error:
             return Finding(family, "text", REFUSED, reason=one_line(error, Path(folder)))
         gap = measure_gap(wanted, logits_of(sparse, tokens)[..., : wanted.shape[-1]])
     return judged(Finding(family, "text", CONVERTED, gap, layouts))
@@ -182,7 +182,7 @@ def measure_whole(family: str, form: CallForm, inputs: dict[str, Tensor]) -> tup
         try:
             sparse = upcycled(family, "vision", parent, Path(folder))
             processor = AutoProcessor.from_pretrained(Path(folder) / "out")
-        except BROKEN as error:
+        except ValueError as error:
             return None, one_line(error, Path(folder))
     check_pictures(sparse, processor)
     return widest_gap(wanted, run_tower(sparse.model.vision_tower, inputs | EVERY_LAYER)), ""
@@ -212,7 +212,7 @@ def measure_vision(family: str) -> Finding:
     try:
         layouts = layouts_of(tower)
         gap = tower_gap(tower, inputs)
-    except BROKEN as error:
+    except ValueError as error:
         return Finding(family, "vision", REFUSED, reads=form.name, reason=one_line(error))
     whole, reason = measure_whole(family, form, inputs)
     kind = REFUSED if reason else CONVERTED
@@ -253,7 +253,7 @@ def measure(family: str, part: str) -> Finding:
         try:
             return MEASURES[part](family)
         except (*BROKEN, ImportError, AssertionError, StrictDataclassError) as error:
-            return Finding(family, part, REFUSED, reason=f"no tiny one could be run: {one_line(error)}")
+            return Finding(family, part, NOT_MEASURED, reason=f"no tiny one could be run: {one_line(error)}")
 
 
 def measure_all(names: list[str] | None = None) -> Iterator[Finding]:

@@ -12,7 +12,8 @@ from typing import Any
 DATA = Path(__file__).with_name("backbones.json")
 PARTS = ("text", "vision", "vlm")
 CONVERTED, REFUSED, SPARSE, OTHER = "converted", "refused", "already sparse", "not a decoder or ViT"
-KINDS = (CONVERTED, REFUSED, SPARSE, OTHER)
+NOT_MEASURED = "not measured"
+KINDS = (CONVERTED, REFUSED, NOT_MEASURED, SPARSE, OTHER)
 NAMES = {"text": "LLMs", "vision": "ViTs", "vlm": "VLMs"}
 LONGEST = 300  # letters of a reason in the page; the command gives the whole of it
 INTRODUCTION = """\
@@ -26,20 +27,23 @@ drawn wide, goes through the conversion: {text} text families, {vision} vision f
 converted. `vlmoe backbones FAMILY` says more about one, and
 with `--measure` measures it again on the transformers that is installed.
 
-The gap is the largest difference to the dense model, in standard deviations of its result; 1e-05 is allowed. Of an LLM
-it is that of the logits of the written checkpoint, loaded as a user loads it. Of a ViT it is that of everything the
-tower gives, made sparse in every layer, on whatever it reads; "in a model" is the gap of what it gives inside a
+The gap is the largest difference to the dense model, in standard deviations of its result; 1e-05 is allowed. Of an
+LLM it is that of the logits of the written checkpoint, loaded as a user loads it. Of a ViT it is that of everything
+the tower gives, made sparse in every layer, on whatever it reads; "in a model" is the gap of what it gives inside a
 written vision-language model, which answers to a picture through its own processor. A ViT of which only the tower
 can be made sparse is refused. Of a VLM, which stays in its own class (`--vlm-model`; a LLaVA becomes our own
-composite), it is that of the logits of text, and of every MLP on random rows, sparse in each part that can be; a part
-that stays dense has its reason. "With an image" is the gap of the logits of an image and text, the image in the form
-that is named: tensors as its processor makes them. Without the experts of any one MLP these logits are others: none is
+composite), it is that of the logits of text, and of every MLP on random rows, sparse in each part that can be; a
+part that stays dense has its reason. A VLM that takes no text without an image, as its remark says, is compared
+there on its MLPs alone. "With an image" is the gap of the logits of an image and text, the image in the form that is
+named: tensors as its processor makes them. Without the experts of any one MLP these logits are others: none is
 bypassed. What has no such gap has its reason ("images not run"). VLMs are judged as in every proof of a conversion:
 where the dense one itself answers the last bit of its input with more than the limit, three times this rounding is
 allowed; it is given then.
 
 - **converted**: a tiny one was, within the gap.
 - **refused**: the reason is what the conversion says, on these tiny models.
+- **not measured**: no tiny one could be made or compared where this was measured, for the reason that is given; the
+  conversion may take it, and proves what it writes in any case.
 - **already sparse**: its configuration has experts of its own (`vlmoe import` keeps those of some families).
 - **not a decoder or ViT**: encoders, models with an encoder, models that are put together from others (give one of
   these), convolutional and hierarchical networks.
@@ -110,7 +114,7 @@ def _converted(part: str, rows: list[dict[str, Any]]) -> list[str]:
         of_text = [(row["family"], show_gap(row.get("gap")), row["layouts"]) for row in rows]
         return _rows(("family", "gap of logits", "how its MLPs are written"), of_text)
     if part == "vlm":
-        head = ("family", "gap of logits", "with an image", "given as", "how the MLPs of its parts are written")
+        head = ("family", "without an image", "with an image", "given as", "how the MLPs of its parts are written")
         of_vlm = [
             (
                 row["family"],
@@ -122,7 +126,7 @@ def _converted(part: str, rows: list[dict[str, Any]]) -> list[str]:
             )
             for row in rows
         ]
-        return _rows((*head, "what stays dense"), of_vlm)
+        return _rows((*head, "remarks"), of_vlm)
     cells = [
         (row["family"], row["reads"], show_gap(row["gap"]), show_gap(row["whole"]), row["layouts"]) for row in rows
     ]

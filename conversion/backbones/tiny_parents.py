@@ -48,7 +48,8 @@ def build_parent(family: str, part: str, seed: int = 0, **fields: Any) -> PreTra
         size = sum(parameter.numel() for parameter in model_class._from_config(config).parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(
-            f"The tiny {family} has {size:,} parameters: name its sizes in FAMILY_FIELDS (tiny_configs.py)."
+            f"The tiny {family} has {size:,} parameters, expected {MOST_PARAMETERS:,} at most: its configuration "
+            "names sizes by names that are not known here."
         )
     return redraw(model_class._from_config(config).float(), seed).eval()
 

@@ -162,7 +162,7 @@ def find_form(
             return form
     raise ValueError(
         f"{model_class.__name__} takes {', '.join(sorted(names - {'self'}))}, and images in no known form; expected "
-        f"the arguments of one of these: {'; '.join(form.name for form in forms)}. Add a form (CallForm)."
+        f"the arguments of one of these: {'; '.join(form.name for form in forms)}."
     )
 
 

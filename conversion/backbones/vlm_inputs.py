@@ -19,6 +19,7 @@ from .tiny_vlms import FINE_SIZE, IMAGE_TOKEN, NUM_TILES
 from .tower_inputs import (
     SIDE,
     CallForm,
+    clip,
     find_form,
     flat_patches,
     grid,
@@ -32,6 +33,7 @@ from .tower_inputs import (
 )
 
 NUM_WORDS = 4  # before the image, and as many after it
+GETTERS = ("get_image_features", "get_video_features")  # the second is that of a VLM which reads frames alone
 # What the ViT of a VLM calls an argument, and what the VLM does.
 VLM_NAMES = {"grid_thw": "image_grid_thw", "pixel_position_ids": "image_position_ids"}
 TOKEN_TYPES = "mm_token_type_ids"  # what forward calls the kinds of tokens, where positions depend on them
@@ -83,6 +85,34 @@ def sized_pixels(config: Any) -> dict[str, Tensor]:
     return images | {"image_sizes": torch.tensor([[IMAGE_SIZE, IMAGE_SIZE]] * len(images["pixel_values"]))}
 
 
+def one_image(config: Any) -> dict[str, Tensor]:
+    """One image, (1, channels, height, width)."""
+    return {"pixel_values": pixels(config)["pixel_values"][:1]}
+
+
+def question() -> dict[str, Tensor]:
+    """What a Q-Former is asked beside the image, (1, words)."""
+    return {"qformer_input_ids": first_tokens((1, NUM_WORDS))}
+
+
+def pooled_patches(config: Any) -> dict[str, Tensor]:
+    """One image as rows of patches, (1, patches, values of a patch), with the patches that each token is made of,
+    (tokens, patches of a token), and how many rows and columns of tokens there are, (1, 4).
+    """
+    places = torch.arange(SIDE * SIDE).view(SIDE // 2, 2, SIDE // 2, 2).transpose(1, 2)
+    return {
+        "pixel_values": noise(1, SIDE * SIDE, num_channels(config) * PATCH_SIZE**2),
+        "image_token_pooling": places.reshape(-1, 4),
+        "image_grids": torch.tensor([[SIDE // 2, SIDE // 2, 0, 0]]),
+    }
+
+
+ONE = CallForm("pixels of one image", frozenset({"pixel_values"}), one_image)
+FRAMES = CallForm(
+    "frames and a question",
+    frozenset({"pixel_values", "qformer_input_ids"}),
+    lambda config: {"pixel_values": clip(config)} | question(),
+)
 SIZED = CallForm("pixels with their sizes", frozenset({"pixel_values", "image_sizes"}), sized_pixels)
 SIZED_TILES = CallForm("tiles with the size", frozenset({"pixel_values", "image_sizes"}), sized_tiles)
 SQUARES = CallForm(
@@ -125,17 +155,40 @@ IMAGE_FORMS = (
         lambda config: {"pixel_values": tiles(config)},
     ),
     CallForm("pixels of two sizes", frozenset({"pixel_values", "high_res_pixel_values"}), fine_pixels),
+    CallForm(
+        "pixels and a question",
+        frozenset({"pixel_values", "qformer_input_ids"}),
+        lambda config: one_image(config) | question(),
+    ),
+    CallForm("pooled patches", frozenset({"pixel_values", "image_token_pooling"}), pooled_patches),
     CallForm("pixels", frozenset({"pixel_values"}), pixels),
 )
 # VLMs whose arguments are named like another form's.
 FAMILY_IMAGE_FORMS = {
+    "blip": ONE,
+    "emu3": SIZED,
+    "florence2": ONE,
+    "granite4_vision": SIZED_TILES,
+    "instructblipvideo": FRAMES,
     "lighton_ocr": SIZED,
     "llava_next": SIZED_TILES,
     "llava_next_video": SIZED_TILES,
     "llava_onevision": SIZED_TILES,
     "mistral3": SIZED,
     "paddleocr_vl": SQUARES,
+    "pp_formulanet": ONE,
+    "t5gemma2": ONE,
+    "vision-encoder-decoder": ONE,
 }
+# VLMs that answer to no text alone.
+NEED_AN_IMAGE = (
+    "blip",
+    "blip-2",
+    "instructblip",
+    "instructblipvideo",
+    "pp_formulanet",
+    "vision-encoder-decoder",
+)
 
 
 def image_form(family: str, model_class: Any) -> CallForm:
@@ -147,6 +200,17 @@ def image_form(family: str, model_class: Any) -> CallForm:
     return find_form(family, model_class, IMAGE_FORMS, FAMILY_IMAGE_FORMS)
 
 
+def features_of(outputs: Any) -> list[Tensor]:
+    """The features of an image that take the places of its tokens, in one tensor or several."""
+    if getattr(outputs, "pooler_output", None) is not None:
+        features = outputs.pooler_output
+    elif "deepstack_features" in outputs:  # Granite-4's: one set for each of several layers, all in the same places
+        _, features = outputs.deepstack_features[0]
+    else:
+        features = outputs.last_hidden_state
+    return [features] if isinstance(features, Tensor) else list(features)
+
+
 def count_tokens(model: Any, image: dict[str, Tensor]) -> int:
     """How many tokens an image takes: as many as the model makes features of it, one where it hands none to the LLM's
     inputs (Mllama, whose layers attend to them).
@@ -154,19 +218,33 @@ def count_tokens(model: Any, image: dict[str, Tensor]) -> int:
     Raises:
         ValueError: when the features are not as wide as the LLM.
     """
-    owner = model if hasattr(model, "get_image_features") else model.base_model
-    if not hasattr(owner, "get_image_features"):
+    getters = (getattr(one, name, None) for one in (model, model.base_model) for name in GETTERS)
+    getter = next((one for one in getters if one is not None), None)
+    if getter is None:
         return 1
-    outputs = owner.get_image_features(**image, return_dict=True)
-    features = outputs.last_hidden_state if outputs.pooler_output is None else outputs.pooler_output
-    pieces = [features] if isinstance(features, Tensor) else features
+    pieces = features_of(getter(**image, return_dict=True))
     width = part_config(model.config, "text").hidden_size
     if unlike := {one.shape[-1] for one in pieces} - {width}:
         raise ValueError(
-            f"the features of an image are {sorted(unlike)} wide, the LLM {width}: name the sizes of this "
-            f"{model.config.model_type} in VLM_FIELDS or ROOT_FIELDS (tiny_vlms.py)"
+            f"the features of an image are {sorted(unlike)} wide, the LLM {width}: the configuration of this "
+            f"{model.config.model_type} names a size by a name that is not known here"
         )
     return sum(one.numel() for one in pieces) // width
+
+
+def words(model: Any, tokens: Tensor) -> dict[str, Tensor]:
+    """A text as a VLM takes it: to its encoder, with words of the answer to its decoder where that is apart.
+
+    Args:
+        model: the VLM.
+        tokens: ids, (batch, sequence).
+    """
+    known, given = inspect.signature(model.forward).parameters, {}
+    if "input_ids" in known:
+        given["input_ids"] = tokens
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = first_tokens((len(tokens), 2 * NUM_WORDS))
+    return given
 
 
 def image_and_text(model: Any, form: CallForm) -> dict[str, Tensor]:
@@ -177,7 +255,7 @@ def image_and_text(model: Any, form: CallForm) -> dict[str, Tensor]:
         form: how it takes an image.
 
     Returns:
-        The image's tensors, and `input_ids`, (1, sequence).
+        The image's tensors, and the text as of `words`, (1, sequence).
     """
     vision = part_config(model.config, "vision")
     image = form.inputs(model.config if vision is None else vision)
@@ -185,4 +263,4 @@ def image_and_text(model: Any, form: CallForm) -> dict[str, Tensor]:
     tokens = torch.cat([before, torch.full((1, count_tokens(model, image)), IMAGE_TOKEN), after], dim=1)
     types = {TOKEN_TYPES: (tokens == IMAGE_TOKEN).long()}
     known = inspect.signature(model.forward).parameters
-    return image | {"input_ids": tokens} | {name: value for name, value in types.items() if name in known}
+    return image | words(model, tokens) | {name: value for name, value in types.items() if name in known}

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..gaps import Findings, Gap, measure_gap
 from ..host_proof import host_logits
 from .findings import NUM_TOKENS, first_tokens
-from .vlm_inputs import image_and_text, image_form
+from .vlm_inputs import image_and_text, image_form, words
 
 LEAST_EFFECT = 1e-2  # of an MLP's experts on the logits, in standard deviations; rounding moves them by 1e-4 at most
 
@@ -41,7 +41,7 @@ class Run:
 @torch.no_grad()
 def run_text(dense: Any) -> Run:
     """Runs a dense VLM on text."""
-    inputs = {"input_ids": first_tokens((2, NUM_TOKENS))}
+    inputs = words(dense, first_tokens((2, NUM_TOKENS)))
     return Run("logits of text", inputs, host_logits(dense, inputs))
 
 
@@ -57,9 +57,7 @@ def run_image(family: str, dense: Any) -> Run:
     found = Run("logits of an image and text", inputs, host_logits(dense, inputs), form.name)
     other = {name: -value if value.is_floating_point() else value for name, value in inputs.items()}
     if not measure_gap(found.logits, host_logits(dense, other)) >= LEAST_EFFECT:
-        raise ValueError(
-            f"its logits do not depend on an image given as {form.name}; name its form in FAMILY_IMAGE_FORMS"
-        )
+        raise ValueError(f"its logits do not depend on an image given as {form.name}. Give it in another form.")
     return found
 
 

@@ -12,6 +12,7 @@ from modeling_vlmoe.conversion.backbones.measuring import measure
 from modeling_vlmoe.conversion.backbones.table import (
     CONVERTED,
     KINDS,
+    NOT_MEASURED,
     PARTS,
     count_kinds,
     read_table,
@@ -46,6 +47,10 @@ SAMPLE = [
     ("vlm", "qwen2_5_vl"),
     ("vlm", "internvl"),
     ("vlm", "idefics"),
+    ("vlm", "instructblip"),
+    ("vlm", "kosmos-2"),
+    ("vlm", "molmo2"),
+    ("vlm", "t5gemma2"),
     ("vlm", "llama4"),
 ]
 # Registered for images, and no ViT: models of images and text, and models of tokens that images were made of.
@@ -76,7 +81,7 @@ def test_enough_families_are_converted_and_the_others_have_a_reason():
     counts = count_kinds(TABLE["findings"])
     assert counts["text"][CONVERTED] >= 60
     assert counts["vision"][CONVERTED] >= 45
-    assert counts["vlm"][CONVERTED] >= 25
+    assert counts["vlm"][CONVERTED] >= 60
     for row in TABLE["findings"]:
         assert row["kind"] in KINDS
         assert is_within(row["gap"], row.get("floor")) if row["kind"] == CONVERTED else row["reason"], row
@@ -104,7 +109,10 @@ def test_no_registered_family_is_left_out(part):
 
 
 def check_row(part, family):
-    wanted, found = ROWS[part, family], measure(family, part)
+    wanted = ROWS[part, family]
+    if wanted["kind"] == NOT_MEASURED:
+        pytest.skip("what it needs may be here")
+    found = measure(family, part)
     assert found.kind == wanted["kind"], found.reason
     assert found.layouts == wanted.get("layouts", "")
     assert (found.whole is None) == ("whole" not in wanted), found.reason
@@ -136,6 +144,11 @@ def test_the_command_says_more_about_a_family():
     assert "gpt2 (text): converted" in done.stdout
     assert "mamba (text): refused" in done.stdout
     assert "layers.0 has no MLP that matches" in done.stdout
+
+
+def test_the_command_says_what_was_not_measured_and_why():
+    done = CliRunner().invoke(app, ["backbones", "gemma3n"])
+    assert "gemma3n (vlm): not measured\n  needs timm, which was not installed\n" in done.stdout
 
 
 def test_the_command_says_how_a_vlm_was_given_an_image():

@@ -61,7 +61,7 @@ def test_raises_when_no_form_of_an_image_is_a_familys():
 
 def test_raises_when_the_features_of_an_image_are_not_as_wide_as_the_llm(monkeypatch):
     monkeypatch.delitem(tiny_vlms.ROOT_FIELDS, "paligemma")
-    with pytest.raises(ValueError, match=r"are \[2048\] wide, the LLM 32: name the sizes of this paligemma in"):
+    with pytest.raises(ValueError, match=r"are \[2048\] wide, the LLM 32: the configuration of this paligemma"):
         run_image("paligemma", tiny_vlms.build_vlm("paligemma"))
 
 
