@@ -7,6 +7,7 @@ from typing import Any
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from modeling_vlmoe.companions import HISTORY_NAME, RECEIPT_NAME
+from modeling_vlmoe.conversion.delta_arguments import REWRITE_RECEIPT_NAME
 from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
 from modeling_vlmoe.finetune.settings import SETTINGS_NAME
 from modeling_vlmoe.recipe_files import read_recipe
@@ -33,6 +34,7 @@ class CardFacts:
         notes: what its makers say.
         weights: their fingerprint.
         has_other_evaluation: whether there is an `evaluation.json` that does not say it is about these weights.
+        rewriting: of the last `vlmoe densify` or `vlmoe compress`, where it is about these weights; else empty.
     """
 
     name: str
@@ -47,6 +49,7 @@ class CardFacts:
     notes: CardNotes = field(default_factory=CardNotes)
     weights: str | None = None
     has_other_evaluation: bool = False
+    rewriting: dict[str, Any] = field(default_factory=dict)
 
 
 def read_runs(folder: Path) -> list[dict[str, Any]]:
@@ -65,9 +68,11 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def are_recorded(facts: CardFacts) -> bool | None:
-    """Whether the weights are those that the upcycling, or the last training that is told of, wrote; None where no
-    file says which those were.
+    """Whether the weights are those that the upcycling, the last training that is told of, or a rewriting of the
+    experts wrote; None where no file says which those were.
     """
+    if facts.rewriting:
+        return True
     upcycled = facts.receipt.get("weights")
     if facts.weights is not None and facts.weights == upcycled:
         return True
@@ -98,12 +103,14 @@ def read_facts(folder: str | Path) -> CardFacts:
         )
     state = read_side_file(folder, TRAINER_STATE_NAME)
     weights, evaluation = fingerprint(folder), read_side_file(folder, EVALUATION_NAME)
+    rewriting = read_side_file(folder, REWRITE_RECEIPT_NAME) or {}
     is_other = evaluation is not None and (weights is None or evaluation.get("weights") != weights)
     return CardFacts(
         name=folder.resolve().name,
         config=None if adapter is not None else VLMoEConfig.from_pretrained(folder),
         adapter=adapter,
         receipt=read_side_file(folder, RECEIPT_NAME) or {},
+        rewriting=rewriting if weights is not None and rewriting.get("weights") == weights else {},
         runs=read_runs(folder),
         evaluation=None if is_other else evaluation,
         eval_results=read_side_file(folder, EVAL_RESULTS_NAME),

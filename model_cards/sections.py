@@ -78,9 +78,16 @@ def describe_parts(facts: CardFacts) -> str:
     return "\n".join(lines)
 
 
+# What became of the experts last, by the command's name.
+REWRITTEN = {
+    "densify": ", its delta experts summed up to whole ones (`vlmoe densify`)",
+    "compress": ", its experts compressed to a base and pairs of low rank (`vlmoe compress`), which is another model",
+}
+
+
 def describe_parameters(facts: CardFacts) -> str:
     """Total and active parameters, and an adapter's own."""
-    counted = facts.receipt.get("parameters") or {}
+    counted = facts.rewriting.get("parameters") or facts.receipt.get("parameters") or {}
     if facts.adapter is not None:
         whole = f"{counted['total']:,} ({counted['active']:,} active per token)" if counted else "not known"
         return f"Parameters of the adapter: {facts.num_stored:,}; of the model it belongs to: {whole}."
@@ -100,9 +107,10 @@ def what_it_is(facts: CardFacts) -> str:
         kind = f"A LoRA adapter (PEFT) of {of}, a {find_usage(facts).kind} with sparse Mixture-of-Experts layers"
     made = ", made of dense pretrained parents by upcycling" if facts.receipt else ""
     tuned = f", tuned in {len(facts.runs)} stage{'s' if len(facts.runs) > 1 else ''}" if facts.runs else ""
+    rewritten = REWRITTEN[facts.rewriting["kind"]] if facts.rewriting else ""
     changed = ", and changed in a way that is not recorded" if are_recorded(facts) is False else ""
     text = [
-        f"{kind}{made}{tuned}{changed}.",
+        f"{kind}{made}{tuned}{rewritten}{changed}.",
         facts.notes.description,
         describe_parts(facts),
         describe_parameters(facts),

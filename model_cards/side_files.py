@@ -13,6 +13,7 @@ from typing import Any
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from modeling_vlmoe.companions import HISTORY_NAME, RECEIPT_NAME
+from modeling_vlmoe.conversion.delta_arguments import REWRITE_RECEIPT_NAME
 from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
 
 EVAL_RESULTS_NAME, TRAINER_STATE_NAME = "eval_results.json", "trainer_state.json"  # the host's Trainer writes them
@@ -42,6 +43,7 @@ RECEIPT: dict[str, Any] = {
     "versions?": Named(str),
     "weights?": str,
 }
+REWRITING: dict[str, Any] = {"kind": str, "parameters": {"total": int, "active": int}, "weights?": str}
 SOURCE: dict[str, Any] = {"name?": str, "hub_id?": str}
 TUNED: dict[str, Any] = SOURCE | {"revision?": str, "license?": LICENCE}
 RUN: dict[str, Any] = {"method?": str, "model?": TUNED, "data?": SOURCE | {"rows?": int}, "eval_data?": SOURCE}
@@ -51,6 +53,7 @@ SHARES: dict[str, Any] = SHARE | {"groups?": Named(SHARE)}
 EVALUATION: dict[str, Any] = SHARES | {"metric": str, "data?": SOURCE, "controls?": Named(SHARES), "weights?": str}
 SHAPES: dict[str, Any] = {
     RECEIPT_NAME: RECEIPT,
+    REWRITE_RECEIPT_NAME: REWRITING,
     HISTORY_NAME: [RUN],
     EVALUATION_NAME: EVALUATION,
     EVAL_RESULTS_NAME: {"eval_loss?": NUMBER},

@@ -27,6 +27,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
 )
 
+from modeling_vlmoe.conversion.delta_arguments import REWRITE_RECEIPT_NAME
 from modeling_vlmoe.conversion.host_processor_classes import processor_class_of
 from modeling_vlmoe.conversion.host_processors import load_processor
 from modeling_vlmoe.conversion.streaming import CheckpointReader, read_json
@@ -65,7 +66,7 @@ PROCESSOR_FILES = (
     "merges.txt",
     *TEMPLATE_FILES,
 )
-RECORD_FILES = (RECEIPT_NAME, HISTORY_NAME, EVALUATION_NAME, NOTES_NAME)
+RECORD_FILES = (RECEIPT_NAME, REWRITE_RECEIPT_NAME, HISTORY_NAME, EVALUATION_NAME, NOTES_NAME)
 LEGAL_FILES = tuple(f"{name}{end}" for name in ("LICENSE", "NOTICE") for end in ("", ".md", ".txt"))
 NAMED_FILES = frozenset((*PROCESSOR_FILES, *RECORD_FILES, *LEGAL_FILES, GENERATION_CONFIG_NAME))
 

@@ -21,6 +21,7 @@ from modeling_vlmoe.conversion.delta_operations import best_pair, stack_pairs
 from modeling_vlmoe.conversion.rewriting import REWRITE_RECEIPT_NAME, preview_rewrite
 from modeling_vlmoe.conversion.summed_experts import SummedExperts
 from modeling_vlmoe.delta_experts import delta_experts
+from modeling_vlmoe.model_cards import render_card
 from modeling_vlmoe.towers import sparse_blocks
 from tests import models
 from tests.conversion.sparse_checkpoints import IMAGE_TOKEN, save_hosted, save_vlmoe
@@ -67,6 +68,20 @@ def test_densified_experts_compute_the_same(delta, tmp_path):
     assert written["proof"]["largest_gap"] <= written["proof"]["largest_gap_limit"]
     assert "model.connector.mlp by every expert" in written["proof"]["gaps"]
     assert written["proof"]["informative"]["logits, from those by unrounded weights"] <= 1e-5
+
+
+def test_the_card_says_what_became_of_the_experts(delta, tmp_path):
+    out = densify(DensifyArguments(delta, tmp_path / "out"))
+    card = (out / "README.md").read_text()
+    assert "its delta experts summed up to whole ones (`vlmoe densify`)." in card
+    assert f"{receipt(out)['parameters']['active']:,} active per token" in card
+    small = compress(CompressArguments(out, 2, tmp_path / "small"))
+    assert "compressed to a base and pairs of low rank (`vlmoe compress`)" in (small / "README.md").read_text()
+    model = AutoModelForImageTextToText.from_pretrained(out)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    model.save_pretrained(out)  # other weights, of which the receipt does not tell
+    assert "vlmoe densify" not in render_card(out)
 
 
 def test_densified_models_are_exported(delta, tmp_path):
