@@ -41,7 +41,8 @@ from benchmarks.measuring import describe_machine
 from modeling_vlmoe import VLMoEConfig, VLMoEProcessor
 from modeling_vlmoe.conversion.meta_models import build_vlm, computed_buffers
 from modeling_vlmoe.finetune.arguments import FinetuneArguments, parse_recipe
-from modeling_vlmoe.finetune.memory_plan import GB, estimate
+from modeling_vlmoe.finetune.gpus import CPU, GB, GPU
+from modeling_vlmoe.finetune.memory_plan import estimate
 from modeling_vlmoe.finetune.plan_batch import largest_batch
 from modeling_vlmoe.finetune.train import build_trainer
 
@@ -168,7 +169,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         rows, recipe = make_rows(folder, args.batch * args.steps, args.length), make_arguments(folder / "out", args)
         batch = largest_batch(processor, rows, args.batch)
         if args.plan:
-            plan = estimate(config, recipe, batch)
+            plan = estimate(config, recipe, batch, GPU if is_gpu else CPU)
             return {"plan": plan.peak, "parts": plan.parts}
         before = resident()
         model = make_model(config)

@@ -4,8 +4,9 @@ numbers, and what they would take is counted.
 Counted is what tensors take in a step that is not the first, so that the optimizer has its states: forward and
 backward of one batch. Not counted is what a device keeps for itself (`RESERVE`), and what a loader's processes take.
 
-Two simplifications: all experts get as many tokens, and experts of the full kind are taken as no longer alike (while
-they are still copies, LoRA on them takes a little less). Kernels are those of a CPU.
+Experts run by the kernels that they have on the device that is planned for; all else as on a CPU. Two simplifications:
+all experts get as many tokens, and experts of the full kind are taken as no longer alike (while they are still copies,
+LoRA on them takes a little less).
 """
 
 from collections.abc import Sequence
@@ -20,15 +21,15 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from transformers import Trainer
 
 from .arguments import FinetuneArguments
-from .hollow_models import RealMasks, build_hollow
+from .gpus import CPU, GB, Device
+from .hollow_models import HollowOperations, build_hollow, planned_for
 from .memory_trace import OTHER, MemoryTrace, bytes_of
 from .plan_batch import Batch
 
-GB = 1e9
 # What the driver's context and the gaps between tensors take of a GPU.
 RESERVE = int(1.0 * GB)
-WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER, LOGITS = "weights", "adapter", "gradients", "optimizer", "logits and loss"
-PARTS = (WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER, OTHER, LOGITS)
+WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER, HEAD = "weights", "adapter", "gradients", "optimizer", "logits and loss"
+PARTS = (WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER, OTHER, HEAD)
 # A tensor of which the optimizer's states are measured: large enough for those that keep small ones whole (8 bits).
 SAMPLE = (128, 128)
 
@@ -62,16 +63,28 @@ class MemoryPlan:
 
 
 def optimizer_bytes(args: FinetuneArguments, trained: Sequence[Tensor]) -> int:
-    """What the recipe's optimizer keeps for these tensors, by what it keeps for a small one of their dtype."""
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    """What the recipe's optimizer keeps for these tensors, by what it keeps for a small one of their dtype.
+
+    Raises:
+        ValueError: if the optimizer is not installed, or cannot be built for one tensor.
+    """
     per_number = {}
-    for dtype in {tensor.dtype for tensor in trained}:
-        sample = nn.Parameter(torch.zeros(SAMPLE, dtype=dtype))
-        sample.grad = torch.zeros_like(sample)
-        optimizer = kind([sample], **options)
-        optimizer.step()
-        states = [one for one in optimizer.state[sample].values() if isinstance(one, Tensor) and one.ndim]
-        per_number[dtype] = bytes_of(states) / sample.numel()
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        for dtype in {tensor.dtype for tensor in trained}:
+            sample = nn.Parameter(torch.zeros(SAMPLE, dtype=dtype))
+            sample.grad = torch.zeros_like(sample)
+            optimizer = kind([sample], **options)
+            optimizer.step()
+            states = [one for one in optimizer.state[sample].values() if isinstance(one, Tensor) and one.ndim]
+            per_number[dtype] = bytes_of(states) / sample.numel()
+    except (ImportError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        name = getattr(args.optim, "value", args.optim)
+        why = str(error).rstrip(".")
+        raise ValueError(
+            f"optim is {name}, which cannot be planned here: {why}. Install what it needs, or choose another, as "
+            "adamw_torch, adafactor or sgd."
+        ) from error
     return int(sum(per_number[tensor.dtype] * tensor.numel() for tensor in trained))
 
 
@@ -86,13 +99,14 @@ def run_step(model: nn.Module, batch: Batch, args: FinetuneArguments, num_accumu
     loss.backward()
 
 
-def estimate(config: Any, args: FinetuneArguments, batch: Batch) -> MemoryPlan:
+def estimate(config: Any, args: FinetuneArguments, batch: Batch, device: Device = CPU) -> MemoryPlan:
     """What a step of a recipe takes.
 
     Args:
         config: the model's.
         args: the recipe.
         batch: what the model is given, `labels` too.
+        device: what it runs on.
 
     Raises:
         ValueError: if the recipe does not fit the model, or the model cannot be run without numbers.
@@ -102,7 +116,7 @@ def estimate(config: Any, args: FinetuneArguments, batch: Batch) -> MemoryPlan:
     named = dict(model.named_parameters())
     trained = [parameter for parameter in named.values() if parameter.requires_grad]
     num_words = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    trace = MemoryTrace(lambda made: LOGITS if made.ndim > 1 and num_words in made.shape else OTHER)
+    trace = MemoryTrace(lambda made: HEAD if made.ndim > 1 and num_words in made.shape else OTHER)
     for name, parameter in named.items():
         trace.hold(parameter, ADAPTER if name in added else WEIGHTS)
     for buffer in model.buffers():
@@ -111,7 +125,7 @@ def estimate(config: Any, args: FinetuneArguments, batch: Batch) -> MemoryPlan:
         parameter.register_post_accumulate_grad_hook(lambda one: trace.hold(one.grad, GRADIENTS))
     for value in batch.values():
         trace.hold(value, OTHER)
-    with trace, RealMasks():
+    with planned_for(device), trace, HollowOperations():
         if args.gradient_accumulation_steps > 1:  # those of the batches before
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)

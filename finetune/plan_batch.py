@@ -1,5 +1,5 @@
 """A batch to plan with, made by the model's own processor: of a picture and a text of the sizes that are asked for, or
-of the row of the data that makes the largest one.
+of the rows of the data that make the largest one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,16 +9,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .collator import IGNORED, ChatCollator
+from .collator import IGNORED, ChatCollator, count_tokens
+from .data import image_size
+from .rows import where_is
 
 Batch = dict[str, Tensor]
+Row = Mapping[str, Any]
+NUM_RANKED = 64  # rows with the most text, and with the most images, that are looked at closely
+NUM_SAMPLED = 256  # further ones, of all over the data
 
 
-def example_row(num_images: int, image_size: tuple[int, int]) -> dict[str, Any]:
+def example_row(num_images: int, size: tuple[int, int]) -> dict[str, Any]:
     """A question and its answer on pictures of a width and a height."""
     parts = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": "What is it?"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "It is red."}]
-    return {"messages": messages, "images": [Image.new("RGB", image_size, "red") for _ in range(num_images)]}
+    return {"messages": messages, "images": [Image.new("RGB", size, "red") for _ in range(num_images)]}
 
 
 def lengthen(batch: Batch, length: int) -> Batch:
@@ -51,7 +56,7 @@ def repeated(batch: Batch, times: int) -> Batch:
     return {name: torch.cat([value] * times) for name, value in batch.items()}
 
 
-def example_batch(processor: Any, batch_size: int, length: int, num_images: int, image_size: tuple[int, int]) -> Batch:
+def example_batch(processor: Any, batch_size: int, length: int, num_images: int, size: tuple[int, int]) -> Batch:
     """A batch of rows that are alike.
 
     Args:
@@ -59,34 +64,74 @@ def example_batch(processor: Any, batch_size: int, length: int, num_images: int,
         batch_size: rows.
         length: tokens of each, those of images counted.
         num_images: images of each.
-        image_size: their width and height.
+        size: their width and height.
 
     Raises:
         ValueError: if so few tokens cannot hold the images.
     """
-    one = ChatCollator(processor)([example_row(num_images, image_size)])
+    one = ChatCollator(processor)([example_row(num_images, size)])
     return repeated(lengthen(one, length), batch_size)
 
 
-def longest_row(rows: Sequence[Mapping[str, Any]]) -> int:
-    """The index of the row with the most images, and of these of the one with the most text: about the largest."""
+def has_images(batch: Batch) -> bool:
+    """Whether there is more in a batch than text."""
+    return num_pixels(batch) > 0
 
-    def size(row: Mapping[str, Any]) -> tuple[int, int]:
-        texts = [message["content"] for message in row["messages"]]
-        texts = [part for text in texts for part in ([text] if isinstance(text, str) else text)]
-        words = [part if isinstance(part, str) else (part.get("text") or "") for part in texts]
-        return len(row["images"] or []), sum(map(len, words))
 
-    return max(range(len(rows)), key=lambda index: size(rows[index]))
+def num_pixels(batch: Batch) -> int:
+    """How many numbers of a batch are no tokens."""
+    return sum(value.numel() for value in batch.values() if value.is_floating_point())
+
+
+def _num_letters(row: Row) -> int:
+    texts = [message["content"] for message in row["messages"]]
+    parts = [part for text in texts for part in ([text] if isinstance(text, str) else text)]
+    return sum(len(part if isinstance(part, str) else (part.get("text") or "")) for part in parts)
+
+
+def _area(row: Row) -> int:
+    sizes = [image_size(image, where_is(row)) for image in row["images"] or []]
+    return sum(width * height for width, height in sizes)
+
+
+def largest_rows(processor: Any, rows: Sequence[Row]) -> tuple[int, int]:
+    """The indices of the row with the most tokens and of that whose images make the most pixels, often the same one.
+
+    Tokens are counted by the processor, the images' too. Of much data those rows are looked at that have the most
+    letters or images, and some of all over it.
+
+    Args:
+        processor: the model's.
+        rows: as `load_chat_data` gives them, or a list of them.
+    """
+    sizes = [(_num_letters(row), len(row["images"] or [])) for row in rows]
+    ranked = [sorted(range(len(rows)), key=lambda index: -sizes[index][kind])[:NUM_RANKED] for kind in (0, 1)]
+    looked_at = {*ranked[0], *ranked[1], *range(0, len(rows), -(-len(rows) // NUM_SAMPLED))}
+    near = {index: rows[index] for index in sorted(looked_at)}
+    longest = max(near, key=lambda index: count_tokens(near[index], processor))
+    with_most = {
+        longest,
+        max(near, key=lambda index: len(near[index]["images"] or [])),
+        max(near, key=lambda index: _area(near[index])),
+    }
+    collate = ChatCollator(processor)
+    pixels = {index: num_pixels(collate([rows[index]])) for index in sorted(with_most)}
+    heaviest = max(pixels, key=lambda index: (pixels[index], index == longest))
+    return longest, heaviest
 
 
 def largest_batch(processor: Any, rows: Any, batch_size: int) -> Batch:
-    """About the largest batch of some data: as many rows as the largest one.
+    """About the largest batch of some data by its tokens: as many rows as the one with the most.
 
     Args:
         processor: the model's.
         rows: as `load_chat_data` gives them, or a list of them.
         batch_size: rows of a batch.
     """
-    slim = rows.select_columns(["messages", "images"]) if hasattr(rows, "select_columns") else rows  # quicker to read
-    return repeated(ChatCollator(processor)([rows[longest_row(slim)]]), min(batch_size, len(rows)))
+    longest, _ = largest_rows(processor, slim(rows))
+    return repeated(ChatCollator(processor)([rows[longest]]), min(batch_size, len(rows)))
+
+
+def slim(rows: Any) -> Any:
+    """Rows with what a batch is made of, which are quicker to read."""
+    return rows.select_columns(["messages", "images"]) if hasattr(rows, "select_columns") else rows

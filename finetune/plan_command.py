@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .gpus import GPUS, gpu_bytes
+from .gpus import GPUS, gpu_bytes, gpu_device
 from .recipes import shipped_recipes
 
 DEFAULT_RECIPE = "lora"
@@ -45,14 +45,19 @@ def run_plan(
     image_size: Annotated[
         str, typer.Option(help="Their pixels: one number, or WIDTHxHEIGHT; matters where a ViT takes any.")
     ] = "640x480",
-    gpu: Annotated[str | None, typer.Option(help=f"GB, or a name: {', '.join(GPUS)}.", show_default=False)] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What it is to run on: GB, or a name: {', '.join(GPUS)} [default: what is here].", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Say what memory fine-tuning takes, before anything is loaded: by part, on which GPU it fits, and what would.
 
     The step is run on tensors without numbers; no weights are read. For example:
     vlmoe plan my-vlmoe lora --batch-size 4 --length 1024 --gpu "RTX 4090"
     """
-    capacity = None if gpu is None else gpu_bytes(gpu)
+    capacity, device = (None, None) if gpu is None else (gpu_bytes(gpu), gpu_device(gpu))
     size, given = read_size(image_size), list(words or ())
     recipe = given.pop(0) if given and "=" not in given[0] else DEFAULT_RECIPE
 
@@ -63,5 +68,5 @@ def run_plan(
     register()
     if batch_size is not None:
         given.append(f"per_device_train_batch_size={batch_size}")
-    for line in plan_recipe(model, recipe, given, length, images, size, capacity):
+    for line in plan_recipe(model, recipe, given, length, images, size, capacity, device):
         typer.echo(line)

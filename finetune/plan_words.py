@@ -1,10 +1,13 @@
 """A memory plan in words: a table, one line, and what is said when memory has run out."""
 
 from collections.abc import Iterable
+from typing import Any
 
-from .gpus import GB, smallest_size
+from .gpus import CPU, GB, Device, smallest_size
 from .memory_plan import RESERVE, MemoryPlan
 from .remedies import Remedy
+
+NOTHING_LOWER = "  nothing of a recipe that could be changed takes less: use a larger device, or a smaller model"
 
 
 def gigabytes(num_bytes: float) -> str:
@@ -17,11 +20,29 @@ def describe_batch(plan: MemoryPlan) -> str:
     return f"{plan.num_rows} x {plan.length} tokens"
 
 
+def name_device(device: Device) -> str:
+    """What was planned for."""
+    return "on a CPU" if device == CPU else "on a GPU that has no grouped_mm" if device.is_old else "on a GPU"
+
+
+def packed(config: Any) -> str:
+    """What is to be known of weights that are saved packed, of which plans know nothing; else nothing."""
+    said = getattr(config, "quantization_config", None)
+    if said is None:
+        return ""
+    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    return (
+        f"The weights are saved packed (quantization_config: {getattr(method, 'value', method)}), which is not "
+        "counted: this is with whole weights, which take more."
+    )
+
+
 def table(plan: MemoryPlan) -> str:
     """The parts, one below the other, and their sum."""
     rows = [*plan.parts.items(), ("peak", plan.peak)]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {gigabytes(size):>9}" for name, size in rows)
+    sizes = [(name, gigabytes(size) if size else "none then") for name, size in rows]
+    return "\n".join(f"  {name:<{width}}  {size:>9}" for name, size in sizes)
 
 
 def one_line(plan: MemoryPlan) -> str:

@@ -6,7 +6,6 @@ import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +14,12 @@ from modeling_vlmoe.conversion.parents import BROKEN
 
 from .arguments import FinetuneArguments, parse_settings, read_overrides, read_recipe
 from .checkpoints import load_processor
+from .gpus import CPU, GPU, Device
 from .hollow_models import load_any_config
-from .memory_plan import RESERVE, MemoryPlan, estimate
-from .plan_batch import example_batch, largest_batch
-from .plan_words import fit, gigabytes, list_remedies, one_line, table
-from .remedies import MakeBatch, find_remedies, of_fewer_rows, three_remedies
+from .memory_plan import RESERVE, MemoryPlan
+from .plan_words import NOTHING_LOWER, fit, gigabytes, list_remedies, name_device, one_line, packed, table
+from .remedies import estimate_largest, find_remedies, three_remedies
+from .smaller_batches import DataBatches, ExampleBatches
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +32,29 @@ OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def read_plan_recipe(model: str, recipe: str, words: list[str]) -> FinetuneArguments:
-    """The arguments of a recipe that is only planned with: without data and output folder.
+    """The arguments of a recipe that is only planned with: without data and output folder, and whatever device there
+    is here: the host refuses `bf16` and `tf32` where the machine has no GPU for them.
 
     Raises:
         ValueError: naming the key or the value that is wrong.
     """
     values = NOT_NEEDED | read_recipe(recipe) | NO_REPORT | read_overrides(words) | {"model": model}
-    return parse_settings(values, f"Recipe {recipe}")
+    on_cpu: dict[str, Any] = {}
+    if isinstance(use_cpu := values.get("use_cpu", False), bool):
+        on_cpu["use_cpu"] = True
+    if isinstance(values.get("tf32"), bool):
+        on_cpu["tf32"] = None  # takes no memory
+    args = parse_settings(values | on_cpu, f"Recipe {recipe}")
+    args.use_cpu = bool(use_cpu)
+    return args
+
+
+def device_here(args: FinetuneArguments) -> Device:
+    """What a recipe would run on, on this machine."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if args.use_cpu or accelerator is None:
+        return CPU
+    return Device(accelerator.type, accelerator.type == "cuda" and torch.cuda.get_device_capability() < (8, 0))
 
 
 def plan_recipe(
@@ -49,6 +65,7 @@ def plan_recipe(
     num_images: int,
     image_size: tuple[int, int],
     capacity: int | None,
+    device: Device | None = None,
 ) -> Iterator[str]:
     """What `vlmoe plan` prints: the parts, where it fits, and where it does not fit or nobody said on what, what
     would take less.
@@ -61,28 +78,38 @@ def plan_recipe(
         num_images: images of a row.
         image_size: their width and height in pixels.
         capacity: bytes of the GPU; None where none is named.
+        device: what it is to run on; None takes what this machine has.
 
     Raises:
         ValueError: for what the user can mend.
     """
     args = read_plan_recipe(model, recipe, words)
+    device = device or device_here(args)
     config = load_any_config(args)
     processor = load_processor(model, config, **args.hub)
     length = length or args.max_length or DEFAULT_LENGTH
 
-    def make_batch(num_rows: int) -> Any:
-        return example_batch(processor, num_rows, length, num_images, image_size)
-
-    plan = estimate(config, args, make_batch(args.per_device_train_batch_size))
+    make_batches = ExampleBatches(processor, length, num_images, image_size)
+    batches = make_batches(args.per_device_train_batch_size)
+    plan = estimate_largest(config, args, batches, device)
     images = f"{num_images} image{'s' if num_images != 1 else ''} each"
-    yield f"{model}, {args.method}: {plan.num_rows} x {plan.length} tokens, {images}; {plan.num_trained:,} trained"
+    what = f"{plan.num_rows} x {plan.length} tokens, {images}; {plan.num_trained:,} trained"
+    yield f"{model}, {args.method}: {what}; {name_device(device)}"
     yield table(plan)
-    yield fit(plan, capacity)
+    if said := packed(config):
+        yield said
+    # Which GPU would do is asked of what a step takes there.
+    is_for_other = capacity is None and device.kind != GPU.kind
+    yield fit(estimate_largest(config, args, batches, GPU) if is_for_other else plan, capacity)
     if capacity is not None and plan.fits(capacity):
         return
     yield "With less memory:"
-    for remedy in find_remedies(config, args, make_batch, plan):
+    is_any = False
+    for remedy in find_remedies(config, args, make_batches, plan, device):
+        is_any = True
         yield list_remedies([remedy], capacity)
+    if not is_any:
+        yield NOTHING_LOWER
 
 
 def device_bytes(args: FinetuneArguments) -> int | None:
@@ -112,25 +139,25 @@ class RunMemory:
     """
 
     def __init__(self, config: Any, processor: Any, rows: Any, args: FinetuneArguments):
-        self.config, self.args = config, args
-        self.make_largest = partial(largest_batch, processor, rows, args.per_device_train_batch_size)
+        self.config, self.processor, self.rows, self.args = config, processor, rows, args
 
-    def plan(self) -> tuple[MemoryPlan, MakeBatch]:
-        """The plan, and what gives batches of fewer rows."""
-        batch = self.make_largest()
-        num_rows = len(batch["input_ids"])
-        return estimate(self.config, self.args, batch), partial(of_fewer_rows, batch, num_rows)
+    def plan(self) -> tuple[MemoryPlan, DataBatches, Device]:
+        """The plan, what makes batches of the data, and the device."""
+        make_batches, device = DataBatches(self.processor, self.rows), device_here(self.args)
+        batches = make_batches(self.args.per_device_train_batch_size)
+        return estimate_largest(self.config, self.args, batches, device), make_batches, device
 
     def before(self) -> str:
         """One line for before the start; where nothing can be said, why."""
         try:
-            plan, _ = self.plan()
+            plan, _, _ = self.plan()
         except BROKEN as error:  # a run is not to fail for want of an estimate
             return f"Memory: no estimate, because {error}"
         capacity = device_bytes(self.args)
+        said = " ".join(filter(None, (one_line(plan), packed(self.config))))
         if capacity is None or plan.fits(capacity):
-            return one_line(plan)
-        return f"{one_line(plan)} {fit(plan, capacity)} `vlmoe plan` says what would."
+            return said
+        return f"{said} {fit(plan, capacity)} `vlmoe plan` says what would."
 
     def after(self, said: str) -> str:
         """What took the memory, and three ways to do with less.
@@ -140,9 +167,10 @@ class RunMemory:
         """
         head = f"Memory ran out: {said}"
         try:
-            plan, make_batch = self.plan()
+            plan, make_batches, device = self.plan()
             capacity = device_bytes(self.args)
-            remedies = three_remedies([*find_remedies(self.config, self.args, make_batch, plan)], capacity)
+            found = list(find_remedies(self.config, self.args, make_batches, plan, device))
+            remedies = three_remedies(found, capacity)
         except (MemoryError, *BROKEN) as error:
             if is_out_of_memory(error):
                 return f"{head}\nThere is not even enough to estimate what took it: ask `vlmoe plan` in a new process."
@@ -150,9 +178,7 @@ class RunMemory:
         needed = f"A step of {plan.num_rows} x {plan.length} tokens takes {gigabytes(plan.peak)}"
         beside = f", and a GPU's driver {gigabytes(RESERVE)}" if capacity else ""
         ways = list_remedies(remedies, capacity)
-        return (
-            f"{head}\n{needed}{beside}:\n{table(plan)}\nWith less memory:\n{ways or '  shorter rows, smaller images'}"
-        )
+        return f"{head}\n{needed}{beside}:\n{table(plan)}\nWith less memory:\n{ways or NOTHING_LOWER}"
 
 
 @contextmanager

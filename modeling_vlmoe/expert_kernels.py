@@ -21,10 +21,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from .adapted_experts import run_pairs
 from .expert_paths import HALF
 from .grouped_experts import full_experts, run_grouped
-from .hollow_tensors import is_hollow
+from .hollow_tensors import device_type, is_hollow
 from .shared_base import LowRank
 
 FEW_TOKENS = 4  # up to here there are few row counts, which oneDNN has soon seen
+HOLLOW = ("grouped_mm", "batched_mm")
 MOST_COPIED = 2**24  # bytes of weights that `batched_mm` may copy
 
 
@@ -40,15 +41,9 @@ def is_plain(experts: Any) -> bool:
 
 
 def takes_rounded(experts: Any, hidden_states: Tensor, top_k_index: Tensor) -> bool:
-    """Whether the host's kernel would be slow for these tokens, (T, D), and experts, (T, K).
-
-    Without numbers it always gives way: torch's `grouped_mm` then takes half precision only (2.13), and the plain loop
-    asks which tokens go where.
-    """
-    if is_hollow(hidden_states):
-        return is_plain(experts)
+    """Whether the host's kernel would be slow for these tokens, (T, D), and experts, (T, K)."""
     implementation = experts.config._experts_implementation
-    if hidden_states.device.type != "cpu" or implementation not in ("grouped_mm", "batched_mm"):
+    if device_type(hidden_states) != "cpu" or implementation not in ("grouped_mm", "batched_mm"):
         return False
     if not is_plain(experts):
         return False
@@ -70,6 +65,9 @@ class ExpertKernels(ExpertsInterface):
             KeyError: for a name that no kernel has.
         """
         kernel = ALL_EXPERTS_FUNCTIONS.get_interface(experts_implementation, default)
+        # Those that tensors without numbers go through; the others ask which tokens go where.
+        hollow_name = experts_implementation if experts_implementation in HOLLOW else "grouped_mm"
+        hollow_kernel = ALL_EXPERTS_FUNCTIONS.get_interface(hollow_name, default)
 
         def run(
             experts: Any,
@@ -82,7 +80,8 @@ class ExpertKernels(ExpertsInterface):
                 return run_pairs(experts, pairs, hidden_states, top_k_index, top_k_weights)
             if takes_rounded(experts, hidden_states, top_k_index):
                 return run_grouped(full_experts(experts), hidden_states, top_k_index, top_k_weights)
-            return kernel(experts, hidden_states, top_k_index, top_k_weights)
+            chosen = hollow_kernel if is_hollow(hidden_states) else kernel
+            return chosen(experts, hidden_states, top_k_index, top_k_weights)
 
         return run
 

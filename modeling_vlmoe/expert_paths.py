@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import is_torch_greater_or_equal
 
-from .hollow_tensors import is_hollow
+from .hollow_tensors import device_type, is_hollow
 
 # In half precision on a CPU: up to how many rows a group is rounded up to a multiple of how many. Finer for few, so
 # that little is added; coarser for many, so that there are few numbers in all.
@@ -163,13 +163,11 @@ class Paths:
             are_joined: whether several experts may share a group.
             are_cut: whether the paths of one expert are cut where they are more; else they make a larger group.
         """
-        is_rounded = self.expert_TK.device.type == "cpu" and dtype in HALF
+        is_rounded = device_type(self.expert_TK) == "cpu" and dtype in HALF
         order = torch.sort(self.expert_TK.reshape(-1), stable=True).indices
         counts = count_paths(self.expert_TK, self.num_experts)
-        if is_hollow(self.expert_TK):  # of groups that are cut the largest stands for all
-            if are_cut:
-                counts = [min(self.expert_TK.numel() if are_joined else len(self.expert_TK), most_rows)]
-            are_joined = False  # torch's `grouped_mm` then takes half precision only (2.13)
+        if is_hollow(self.expert_TK) and are_cut:  # of groups that are cut the largest stands for all
+            counts = [min(self.expert_TK.numel() if are_joined else len(self.expert_TK), most_rows)]
         made: list[list[_Piece]] = []
         room = first = 0
         for expert, count in enumerate(counts):

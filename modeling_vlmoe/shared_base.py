@@ -38,6 +38,7 @@ from .expert_paths import (
     widened,
     without_autocast,
 )
+from .hollow_tensors import device_type
 
 # Up to E r of this, one product with all experts' low-rank weights costs less than one product for each of them. In
 # half precision on a CPU large products are faster, and small ones are not.
@@ -61,7 +62,7 @@ class LowRank:
 
     def is_stacked(self, dtype: torch.dtype) -> bool:
         """Whether one product with all experts' weights, in a dtype, and a mask, is the cheaper form."""
-        factor = HALF_FACTOR if dtype in HALF and self.a.device.type == "cpu" else 1
+        factor = HALF_FACTOR if dtype in HALF and device_type(self.a) == "cpu" else 1
         return self.a.shape[0] * self.a.shape[1] <= MOST_STACKED * factor
 
     @property
@@ -266,12 +267,12 @@ def _activated_masked(
     return total.to(base_TR.dtype), low_Sr
 
 
-def is_masked(base: SharedBase, device: torch.device) -> bool:
+def is_masked(base: SharedBase, device: str) -> bool:
     """Whether the low-rank products inside the activation take the form without ragged shapes."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     pairs = [pair for pair in (base.up_pair, base.down_pair) if pair is not None]
-    return device.type != "cpu" and not base.dropout and all(pair.is_stacked(torch.float32) for pair in pairs)
+    return device != "cpu" and not base.dropout and all(pair.is_stacked(torch.float32) for pair in pairs)
 
 
 def run_shared_base(base: SharedBase, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -288,7 +289,7 @@ def run_shared_base(base: SharedBase, x_TD: Tensor, expert_TK: Tensor, weight_TK
     """
     base_TR = F.linear(x_TD, base.up)
     dtype, paths = base_TR.dtype, Paths(expert_TK, base.num_experts)
-    masked = is_masked(base, x_TD.device)
+    masked = is_masked(base, device_type(x_TD))
     groups = None if masked else paths.groups(dtype, block_rows(base_TR.shape[1]), base.can_join(dtype))
 
     def grouped(pair: LowRank) -> list[PathGroup] | None:
