@@ -161,7 +161,7 @@ class _Grouped(torch.autograd.Function):
                 group.add_large_outer(d_down, weighted, value)
             if d_down_bias is not None:
                 group.add_sum(d_down_bias, weighted)
-            d_hidden = (d_hidden * weight).to(value.dtype)
+            d_hidden.mul_(weight)
             d_rows, found = replay.backward(d_hidden, shared)
             if d_x is not None:
                 d_x.index_add_(0, group.tokens, group.product(d_rows, group.own(up)).to(wide))

@@ -190,7 +190,7 @@ class _Activated(torch.autograd.Function):
                     group.add_outer(d_a, (d_made * weight).to(value.dtype), value_seen)
             if d_weight is not None:
                 group.put(d_weight, (value * d_hidden).sum(-1, dtype=d_weight.dtype))
-            d_hidden = (d_hidden * weight).to(value.dtype)
+            d_hidden.mul_(weight)
             d_rows, found = replay.backward(d_hidden, shared)
             if d_base is not None:
                 d_base.index_add_(0, group.tokens, d_rows.to(wide))
