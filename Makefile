@@ -8,8 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(subst =,_,$(TORCH))
 DEMO_DIR ?= demo-output
 SEED ?= 0
-# How many tests run at once; a file's tests stay together, since they share what is slow to build, and files are taken
-# in the order that tests/conftest.py puts them in.
+# How many tests run at once; a file's tests stay together, since they share what is slow to build.
 JOBS ?= auto
 
 .PHONY: demo test test-slow lint format clean
@@ -37,7 +36,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -27,7 +27,6 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -37,13 +36,6 @@ import transformers
 from modeling_vlmoe import cli
 from modeling_vlmoe.logs import BAR_SWITCHES, VERBOSITY
 from tests.hub_server import Hub
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items):
-    """Files with few tests go first: they are the slow ones, and no process is to be left with one at the end."""
-    counts = Counter(item.path for item in items)
-    items.sort(key=lambda item: counts[item.path])
 
 
 @pytest.fixture(autouse=True, scope="session")
