@@ -55,6 +55,7 @@ def test_compressing_is_named_where_experts_are_whole(experts, is_named, argumen
     assert any(how.startswith("vlmoe compress") for how in names) == is_named
 
 
+@pytest.mark.slow
 def test_attention_alone_is_no_remedy_where_it_takes_more(arguments):
     """Experts with LoRA run by a leaner kernel than those without."""
     config, args = wide_config("full"), arguments(activation_checkpointing=True, per_device_train_batch_size=2)
@@ -68,7 +69,13 @@ def test_attention_alone_is_no_remedy_where_it_takes_more(arguments):
 
 @pytest.mark.parametrize(("experts", "device"), [("full", CPU), ("delta", GPU)], ids=["full-cpu", "delta-gpu"])
 @pytest.mark.parametrize(
-    "given", [{"method": "align"}, {}, {"lora_r": 1, "lora_targets": ["attention"], "train_routers": False}], ids=str
+    "given",
+    [
+        {"method": "align"},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"lora_r": 1, "lora_targets": ["attention"], "train_routers": False}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_there_are_three_remedies_of_what_is_small_already(given, experts, device, arguments, example):
     least = {"per_device_train_batch_size": 1, "activation_checkpointing": True, "optim": "adamw_bnb_8bit"}
