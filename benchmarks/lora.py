@@ -25,7 +25,8 @@ from modeling_vlmoe.finetune import lora_config
 from modeling_vlmoe.routed_lora import routed_lora
 from modeling_vlmoe.towers import sparse_blocks
 
-WIDTH, MIDDLE, LAYERS, VOCABULARY = 512, 1408, 2, 1000
+SHAPES = {"small": (512, 1408), "1.5B": (1536, 8960)}  # widths of the model and its MLPs; the second are Qwen2.5's
+LAYERS, VOCABULARY = 2, 1000
 NUM_TOKENS, RANK, TOP_K = 512, 8, 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WAYS = ("frozen", "attention", "peft", "ours", "full", "dense", "copies")
@@ -39,10 +40,11 @@ TARGETS = {
 }
 
 
-def build(way: str, num_experts: int, dtype: torch.dtype) -> Any:
+def build(way: str, num_experts: int, dtype: torch.dtype, shape: str) -> Any:
     """The model of one way."""
     torch.manual_seed(0)
-    text = LlamaConfig(hidden_size=WIDTH, intermediate_size=MIDDLE, num_hidden_layers=LAYERS, vocab_size=VOCABULARY,
+    width, middle = SHAPES[shape]
+    text = LlamaConfig(hidden_size=width, intermediate_size=middle, num_hidden_layers=LAYERS, vocab_size=VOCABULARY,
                        num_attention_heads=8, num_key_value_heads=8)  # fmt: skip
     vision = SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                                 image_size=16, patch_size=8)  # fmt: skip
@@ -71,7 +73,8 @@ def step(way: str, model: Any) -> Callable[[], None]:
     """One forward and backward on embeddings, as a function; the gradients are dropped."""
     generator = torch.Generator().manual_seed(0)
     dtype = next(model.parameters()).dtype
-    embeds = torch.randn(1, NUM_TOKENS, WIDTH, generator=generator).to(dtype).requires_grad_()
+    width = model.config.text_config.hidden_size
+    embeds = torch.randn(1, NUM_TOKENS, width, generator=generator).to(dtype).requires_grad_()
     labels = torch.randint(VOCABULARY, (1, NUM_TOKENS), generator=generator)
     model.eval()  # routers are frozen, and their losses left out
 
@@ -98,11 +101,13 @@ def main() -> None:
     parser.add_argument("--experts", nargs="+", type=int, default=[8, 32, 64])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=list(DTYPES))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--shape", default="small", choices=list(SHAPES))
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"{describe_machine()}; {LAYERS} layers, {WIDTH} wide, MLP {MIDDLE}, top-{TOP_K}, {NUM_TOKENS} tokens\n")
+    width, middle = SHAPES[args.shape]
+    print(f"{describe_machine()}; {LAYERS} layers, {width} wide, MLP {middle}, top-{TOP_K}, {NUM_TOKENS} tokens\n")
     columns = (
         "experts",
         "dtype",
@@ -117,7 +122,7 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     for num_experts in args.experts:
         for dtype in args.dtypes:
-            models = {way: build(way, num_experts, DTYPES[dtype]) for way in args.ways}
+            models = {way: build(way, num_experts, DTYPES[dtype], args.shape) for way in args.ways}
             steps: dict[str, Callable[[], object]] = {way: step(way, model) for way, model in models.items()}
             gradients = {way: trained_bytes(model) / 1e6 for way, model in models.items()}
             seconds = in_turn(steps, args.runs)
