@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_vlmoe.sparse_moe import Router
+from modeling_vlmoe.routers import Router
 
 from .mapped_maths import BLOCK_BYTES, mapped_maths
 from .meta_models import is_mapped

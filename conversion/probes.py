@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from modeling_vlmoe.sparse_moe import Router, SparseMoE
+from modeling_vlmoe.routers import Router
+from modeling_vlmoe.sparse_moe import SparseMoE
 
 from .gaps import Findings, ProofError, measure_gap, nudge
 from .mapped_maths import mapped_maths

@@ -17,6 +17,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from modeling_vlmoe.companions import HISTORY_NAME, RECEIPT_NAME
 from modeling_vlmoe.conversion import host_processors
 from modeling_vlmoe.conversion.parents import BROKEN
+from modeling_vlmoe.image_tokens import image_token
 from modeling_vlmoe.model_cards import keep_edited_card, write_card
 from modeling_vlmoe.model_cards.side_files import EVAL_RESULTS_NAME, check_companions, read_side_file
 from modeling_vlmoe.modeling_in_place import is_in_place
@@ -25,7 +26,6 @@ from .arguments import FinetuneArguments
 from .collator import chats_of
 from .evaluation_file import drop_stale_evaluation
 from .history import describe_run, write_history, write_runs
-from .router_load import image_token
 from .settings import SETTINGS_NAME
 
 MAX_SHARD_SIZE = "5GB"

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from modeling_vlmoe.image_tokens import find_image_tokens
 from modeling_vlmoe.parts import connector_blocks, find_towers, has_layers
 from modeling_vlmoe.router_losses import RouterLosses
 from modeling_vlmoe.routing import RoutedModel
@@ -19,7 +20,6 @@ from modeling_vlmoe.towers import tower_layers
 # A sparse layer: its part, and its index in the tower (None for the connector).
 Layer = tuple[str, int | None]
 TEXT, IMAGE = 0, 1
-IMAGE_TOKENS = ("image_token_id", "image_token_index")
 
 
 def find_body(model: nn.Module) -> Any:
@@ -46,22 +46,6 @@ def find_routers(body: Any) -> dict[Layer, list[RouterLosses]]:
         if routers := [module for module in holder.modules() if isinstance(module, RouterLosses)]:
             found[key] = routers
     return found
-
-
-def image_token(config: Any) -> int | None:
-    """The id of the placeholder that an image's features replace, by the names that configurations have for it."""
-    return next((value for name in IMAGE_TOKENS if (value := getattr(config, name, None)) is not None), None)
-
-
-@torch.no_grad()
-def find_image_tokens(body: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor | None:
-    """Where images stand, (batch, sequence), told by the image token or by its embedding, as the model does."""
-    token = image_token(body.config)
-    if input_ids is not None and token is not None:
-        return input_ids == token
-    if inputs_embeds is None or token is None:
-        return None
-    return (inputs_embeds == body.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))).all(-1)
 
 
 @dataclass(frozen=True)
@@ -153,9 +137,7 @@ class RouterLoad:
     def _start(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._is_running = body.training or not self.training_only
         input_ids = kwargs.get("input_ids", args[0] if args else None)
-        is_image = kwargs.get("mm_token_type_ids")
-        if is_image is None:
-            is_image = find_image_tokens(body, input_ids, kwargs.get("inputs_embeds"))
+        is_image = find_image_tokens(body, input_ids, kwargs.get("inputs_embeds"))
         mask = kwargs.get("attention_mask")
         self._image_mask = is_image
         self._token_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -168,7 +150,7 @@ class RouterLoad:
         def count(router: RouterLosses, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
             num_experts, expert_TK, context = args[0].shape[-1], args[2], args[3]
             # Without a context nothing is learnt: a reference's pass, or a blank image (`modeling_vlmoe.blank_image`).
-            if not self._is_running or (self.training_only and context is None):
+            if not self._is_running or (self.training_only and (context is None or not context.learns)):
                 return
             kind_T, mask_T = self._kinds(layer, expert_TK)
             cell_TK = kind_T[:, None] * num_experts + expert_TK
@@ -188,7 +170,7 @@ class RouterLoad:
             return kind_T, torch.ones(num_tokens, dtype=torch.bool, device=device)
         kind_T = torch.full((num_tokens,), TEXT, device=device)
         if self._image_mask is not None and self._image_mask.numel() == num_tokens:
-            kind_T = self._image_mask.reshape(-1).to(device, torch.long).clamp(0, 1)
+            kind_T = self._image_mask.reshape(-1).to(device, torch.long)
         mask_T = torch.ones(num_tokens, dtype=torch.bool, device=device)
         if self._token_mask is not None:
             # With a cache the mask covers the past too; the last columns are this pass'.

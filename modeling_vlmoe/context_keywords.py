@@ -20,11 +20,16 @@ RECORDED = {"router_logits": 0, "router_losses": 2}
 
 
 def check_runs_once(layer: Any, context: RouterContext) -> None:
-    """Refuses router losses where gradient checkpointing would run a layer again without them.
+    """Refuses what gradient checkpointing would lose when it runs a layer again: router losses, and what routers read.
 
     Raises:
         ValueError: naming the layer.
     """
+    if layer.is_run_again and context.is_read:
+        raise ValueError(
+            f"{type(layer).__name__} is given no keywords by its tower, so that its router would not know what "
+            "it reads beside the token when gradient checkpointing runs it again. Switch gradient checkpointing off."
+        )
     if layer.is_run_again and any(context.coefficients):
         raise ValueError(
             f"{type(layer).__name__} is given no keywords by its tower, so that its router losses would be lost when "
@@ -55,9 +60,9 @@ def left_on_layers(tower: nn.Module, context: RouterContext | None) -> Iterator[
     layers: list[Any] = []
     if context is not None:
         layers = [layer for layer in tower.modules() if hasattr(layer, "sparse_attribute")]
-    is_run_again = any(getattr(module, "gradient_checkpointing", False) for module in tower.modules())
+    is_run_again = tower.training and any(getattr(one, "gradient_checkpointing", False) for one in tower.modules())
     learns = any(parameter.requires_grad for parameter in tower.parameters())
-    if is_run_again and context is not None and not (learns and any(context.coefficients)):
+    if is_run_again and context is not None and not (context.is_read or (learns and any(context.coefficients))):
         layers = []  # nothing would be lost, and what runs again has to be what ran before
     for layer in layers:
         layer.left_context, layer.is_run_again = context, is_run_again

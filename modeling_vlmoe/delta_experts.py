@@ -73,6 +73,7 @@ class DeltaExperts(ExpertMaths):
         moe: the part's `MoEConfig`: `num_experts`, `expert_rank`, `train_expert_base`.
         dense_mlp: gives layout, widths, biases and activation, as for `Experts`.
         layout: the dense MLP's, where it is known.
+        num_experts: of this layer, where layers differ in it.
 
     Raises:
         ValueError: if the rank is larger than a side of the weights, or the dense MLP is none that experts can be.
@@ -82,11 +83,13 @@ class DeltaExperts(ExpertMaths):
     up_proj: Tensor
     down_proj: Tensor
 
-    def __init__(self, moe: Any, dense_mlp: nn.Module, layout: MLPLayout | None = None):
+    def __init__(
+        self, moe: Any, dense_mlp: nn.Module, layout: MLPLayout | None = None, num_experts: int | None = None
+    ):
         layout = find_layout(dense_mlp, "the dense MLP", layout)
         super().__init__(dense_mlp, moe.moe_intermediate_size, layout)
         down: Any = dense_mlp.get_submodule(layout.down)
-        self.num_experts, self.rank = moe.num_experts, moe.expert_rank
+        self.num_experts, self.rank = num_experts or moe.num_experts, moe.expert_rank
         self.is_base_trained = moe.train_expert_base
         if self.rank > (most := min(side for shape in self.weight_shapes.values() for side in shape)):
             raise ValueError(

@@ -147,7 +147,7 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         The other arguments are those of [`VLMoEModel.forward`].
         """
         share = micro_batch_share(labels, kwargs.get("num_items_in_batch"))
-        context = self.model.router_context(attention_mask, share, has_loss=labels is not None)
+        context = self.model.router_context(attention_mask, share, labels is not None, input_ids, inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

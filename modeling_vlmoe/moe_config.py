@@ -12,6 +12,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from .router_config import check_routing
+
 PARTS = ("text", "vision", "connector")
 DEFAULT_NUM_EXPERTS = {"text": 8, "vision": 4, "connector": 4}
 DEFAULT_EXPERT_RANK = 16
@@ -40,7 +42,8 @@ class MoEConfig:
     """The experts of one part: the LLM, the ViT or the connector.
 
     Attributes:
-        num_experts: experts per sparse layer; None takes the part's default (LLM 8, ViT and connector 4).
+        num_experts: experts per sparse layer; None takes the part's default (LLM 8, ViT and connector 4). For the ViT
+            a list may give each sparse layer its own number.
         num_experts_per_tok: experts that each token is sent to (top-k).
         layers: indices of the sparse layers, counted from 0; None takes the part's default (LLM: all; ViT: of the n
             layers that feed the selected feature layer, those from max(1, n // 2) on). Not accepted for the connector.
@@ -50,7 +53,18 @@ class MoEConfig:
         num_shared_experts: experts that every token is sent to beside the routed ones: 0, or 1 as in Qwen2-MoE, whose
             output is weighted by the sigmoid of a linear gate of its own.
         shared_expert_intermediate_size: width of the shared expert; None takes the experts'.
-        router_type: "softmax", the softmax over a linear layer on the token.
+        router_type: "softmax" of a linear layer on the token; "sigmoid" of it (DeepSeek-V3, 2412.19437).
+        routed_scaling_factor: what the routing weights are multiplied by; a list has one for each sparse layer.
+            Without renormalisation, copies of the dense MLP compute s times what it computes: `vlmoe upcycle` measures
+            1 / s.
+        use_expert_bias: whether each expert has a bias that is added to its score when experts are chosen, not to its
+            weight, and that training raises while the expert gets few tokens (2408.15664).
+        expert_bias_update_rate: what a bias is raised or lowered by after an optimizer step.
+        router_logit_norm: the standard deviation that a token's logits are normalised to (Skywork-MoE, 2406.06563);
+            None leaves them as they are.
+        modality_routing: for the LLM, what is open to image tokens and to text tokens (see modality_routing.py).
+        modality_experts: of "intra_inter" and "isolated", how many experts are of images, of text and of both; None
+            takes a quarter, a quarter and the rest, or halves.
         expert_type: "full", every expert with weights of its own; or "delta", one base that all experts share and a
             pair of low rank per expert beside each of its weights (DeRS, 2503.01359).
         expert_rank: rank of the pairs of delta experts; None takes 16.
@@ -60,14 +74,20 @@ class MoEConfig:
         output_router_logits: whether outputs carry the router logits without being asked.
     """
 
-    num_experts: int | None = None
+    num_experts: int | list[int] | None = None
     num_experts_per_tok: int = 2
     layers: list[int] | None = None
     moe_intermediate_size: int | None = None
     norm_topk_prob: bool = True
     num_shared_experts: int = 0
     shared_expert_intermediate_size: int | None = None
-    router_type: Literal["softmax"] = "softmax"
+    router_type: Literal["softmax", "sigmoid"] = "softmax"
+    routed_scaling_factor: float | list[float] = 1.0
+    use_expert_bias: bool = False
+    expert_bias_update_rate: float = 0.001
+    router_logit_norm: float | None = None
+    modality_routing: Literal["shared", "per_modality_balance", "intra_inter", "isolated"] = "shared"
+    modality_experts: list[int] | None = None
     expert_type: Literal["full", "delta"] = "full"
     expert_rank: int | None = None
     train_expert_base: bool = True
@@ -119,6 +139,17 @@ class HostedMoEConfig:
 
     def __repr__(self) -> str:
         return f"HostedMoEConfig({self.to_dict()})"
+
+
+def experts_in(moe: Any, position: int) -> int:
+    """How many experts the how-manyth sparse layer of a part has."""
+    number = moe.num_experts
+    return number[position] if isinstance(number, list) else number
+
+
+def fewest_experts(moe: Any) -> int:
+    """The least that a sparse layer of a part has."""
+    return min(moe.num_experts) if isinstance(moe.num_experts, list) else moe.num_experts
 
 
 def part_config(config: Any, part: str) -> Any:
@@ -194,13 +225,18 @@ def check_counts(part: str, moe: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the field.
     """
-    if moe["num_experts"] < 1:
-        raise ValueError(f"{part}_moe.num_experts is {moe['num_experts']}; expected 1 or more.")
-    if not 1 <= moe["num_experts_per_tok"] <= moe["num_experts"]:
+    numbers = moe["num_experts"] if isinstance(moe["num_experts"], list) else [moe["num_experts"]]
+    if isinstance(moe["num_experts"], list) and part != "vision":
         raise ValueError(
-            f"{part}_moe.num_experts_per_tok is {moe['num_experts_per_tok']}, but there are {moe['num_experts']} "
-            "experts; "
-            f"expected 1 to {moe['num_experts']}."
+            f"{part}_moe.num_experts is {moe['num_experts']}; only sparse layers of a ViT may differ in it. Give "
+            "one number."
+        )
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"{part}_moe.num_experts is {moe['num_experts']}; expected 1 or more.")
+    if not 1 <= moe["num_experts_per_tok"] <= min(numbers):
+        raise ValueError(
+            f"{part}_moe.num_experts_per_tok is {moe['num_experts_per_tok']}, but there are {min(numbers)} experts; "
+            f"expected 1 to {min(numbers)}."
         )
     for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
         if moe[name] is not None and moe[name] < 1:
@@ -219,6 +255,7 @@ def check_counts(part: str, moe: dict[str, Any]) -> None:
         if moe[name] < 0:
             raise ValueError(f"{part}_moe.{name} is {moe[name]}; expected 0 or more.")
     _check_deltas(part, moe)
+    check_routing(part, moe)
 
 
 def _check_deltas(part: str, moe: dict[str, Any]) -> None:

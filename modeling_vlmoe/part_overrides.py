@@ -23,6 +23,9 @@ SHAPING = (
     "num_shared_experts",
     "shared_expert_intermediate_size",
     "router_type",
+    "use_expert_bias",
+    "modality_routing",
+    "modality_experts",
     "expert_type",
     "expert_rank",
 )

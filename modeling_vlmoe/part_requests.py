@@ -13,7 +13,9 @@ CONTEXT = "router_context"
 
 def context_kwargs(context: RouterContext | None) -> dict[str, Any]:
     """The keywords for a tower's forward that bring its sparse layers their context and report their losses."""
-    return {} if context is None else {CONTEXT: context, "output_router_losses": True}
+    if context is None:
+        return {}
+    return {CONTEXT: context} | ({"output_router_losses": True} if context.learns else {})
 
 
 @dataclass

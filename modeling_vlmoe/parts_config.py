@@ -22,6 +22,7 @@ from .moe_config import (
     sparse_fields,
     stated_fields,
 )
+from .router_config import check_per_layer
 
 MODEL_TYPE = "vlmoe"
 _GENERATION = "modeling_vlmoe.VLMoEForConditionalGeneration"
@@ -149,6 +150,7 @@ class PartsConfig:
                 raise ValueError(
                     f"connector_moe.layers is {moe['layers']}, but the connector is one MLP; leave `layers` out."
                 )
+            check_per_layer(part, moe)
             return moe
         if (tower_config := part_config(self, part)) is None:
             raise ValueError(f"{part}_moe is given, but the model has no {part} tower. Leave it out.")
@@ -162,7 +164,9 @@ class PartsConfig:
                 "layer, and the first one stays dense. Name `layers`, or select a later vision_feature_layer."
             )
         layers = range(first, useful) if moe["layers"] is None else moe["layers"]
-        return moe | {"layers": check_layers(part, layers, depth, useful)}
+        moe |= {"layers": check_layers(part, layers, depth, useful)}
+        check_per_layer(part, moe)
+        return moe
 
     def _resolve(self, part: str, given: Any, is_override: bool = False) -> None:
         """Puts a part's settings in place: checked, and for the LLM with the hosted fields on its configuration."""

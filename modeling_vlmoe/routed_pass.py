@@ -18,8 +18,8 @@ from .routing import micro_batch_share
 
 # What outputs call the router logits of each part.
 LOGITS = {"text": "router_logits", "vision": "vision_router_logits", "connector": "connector_router_logits"}
-# What the mask of the LLM's tokens is called: without an encoder, and with one, whose tokens the first masks then.
-LLM_MASKS = ("attention_mask", "decoder_attention_mask")
+# What the names of the LLM's inputs begin with: without an encoder, and with one, whose inputs are called so then.
+LLM_PREFIXES = ("", "decoder_")
 _ROUTED_OUTPUTS: dict[type, Any] = {}
 
 
@@ -112,8 +112,10 @@ def run_routed(model: Any, dense_forward: Callable[..., Any], given: dict[str, A
     wants_logits = wants_router_logits(body, given.pop("output_router_logits", None))
     labels: Tensor | None = given.get("labels")
     share = micro_batch_share(labels, given.get("num_items_in_batch"))
-    mask = given.get(LLM_MASKS[bool(body.config.is_encoder_decoder)])
-    context = body.router_context(mask, share, has_loss=labels is not None)
+    prefix = LLM_PREFIXES[bool(body.config.is_encoder_decoder)]
+    mask = given.get(f"{prefix}attention_mask")
+    ids, embeds = (given.get(f"{prefix}{name}") for name in ("input_ids", "inputs_embeds"))
+    context = body.router_context(mask, share, labels is not None, ids, embeds)
     if context is None and not wants_logits:
         return dense_forward(model, **given)
     is_tuple = wants_tuple(model, given.get("return_dict"))

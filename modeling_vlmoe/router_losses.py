@@ -11,16 +11,21 @@ per token, p = softmax(router logits), F_i = assignments to expert i / (T K), P_
 
     balance = E sum_i F_i P_i                 (Switch Transformers, 2101.03961, eq. 4; 1 when routing is uniform)
     z       = mean of logsumexp(logits)^2     (ST-MoE, 2202.08906, eq. 5)
+
+Of sigmoid routers p is the sigmoids over their sum. Where modalities are balanced apart (modality_routing.py), balance
+is computed over the tokens of each, with E the experts open to them, and averaged by their shares of the real tokens.
 """
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from .hollow_tensors import is_hollow
+from .modality_routing import MODALITIES, num_open
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +46,8 @@ class RouterContext:
             them, and a module may be a copy (PEFT's `modules_to_save`), as would be a configuration that it held.
         coefficients: those of the part that the context was handed to.
         is_followed: whether a trainer's own loss tells the scale too.
+        learns: whether losses are computed; else the context is there for what routers read of it alone.
+        is_image: (batch, sequence), true for the LLM's image tokens; None where it is not known.
     """
 
     token_mask: Tensor | None = None
@@ -49,11 +56,33 @@ class RouterContext:
     parts: dict[str, tuple[float, float]] = field(default_factory=dict)
     coefficients: tuple[float, float] = (0.0, 0.0)
     is_followed: bool = False
+    learns: bool = True
+    is_image: Tensor | None = None
+
+    @property
+    def is_read(self) -> bool:
+        """Whether routers need it to choose."""
+        return self.is_image is not None
+
+    def is_image_token(self) -> Tensor | None:
+        """Which of the part's tokens are of images, (tokens,); None where it is not known."""
+        return None if self.is_image is None else self.is_image.reshape(-1)
 
     def of(self, part: str) -> "RouterContext":
         """The context as "text", "vision" or "connector" gets it; of images every token is real."""
-        mask = self.token_mask if part == "text" else None
-        return replace(self, token_mask=mask, coefficients=self.parts.get(part, (0.0, 0.0)))
+        own = replace(self, coefficients=self.parts.get(part, (0.0, 0.0)))
+        if part != "text":
+            own.token_mask = own.is_image = None
+        return own
+
+
+def probabilities(logits_TE: Tensor, router_type: str) -> Tensor:
+    """What the load-balancing loss takes as a token's shares of the experts, (T, E): the softmax, or the sigmoids over
+    their sum (DeepSeek-V3, 2412.19437, eq. 18).
+    """
+    if router_type == "sigmoid":
+        return F.logsigmoid(logits_TE).softmax(-1)
+    return logits_TE.softmax(-1)
 
 
 def balance_loss(probability_TE: Tensor, expert_TK: Tensor, mask_T: Tensor) -> Tensor:
@@ -73,6 +102,28 @@ def balance_loss(probability_TE: Tensor, expert_TK: Tensor, mask_T: Tensor) -> T
     assigned_E = assigned_E.scatter_add(0, expert_TK.reshape(-1), mask_T[:, None].expand(-1, num_picked).reshape(-1))
     mean_probability_E = (probability_TE * mask_T[:, None]).sum(0) / num_tokens
     return num_experts * (assigned_E / (num_tokens * num_picked) * mean_probability_E).sum()
+
+
+def balance_by_modality(
+    moe: Any, probability_TE: Tensor, expert_TK: Tensor, mask_T: Tensor, is_image_T: Tensor
+) -> Tensor:
+    """The load-balancing loss of one layer, of each modality apart; the mean over its tokens' shares (MoIIE,
+    2508.09779, sec. 3.3, which adds the two up).
+
+    Args:
+        moe: the part's `MoEConfig`.
+        probability_TE: as of `balance_loss`.
+        expert_TK: likewise.
+        mask_T: likewise.
+        is_image_T: which tokens are of images, (tokens,).
+    """
+    total, num_experts = probability_TE.new_zeros(()), probability_TE.shape[-1]
+    for modality in MODALITIES:
+        own_T = mask_T * (is_image_T == (modality == "image"))
+        share = own_T.sum() / mask_T.sum().clamp(min=1.0)
+        found = balance_loss(probability_TE, expert_TK, own_T)
+        total = total + share * found * num_open(moe, modality) / num_experts
+    return total
 
 
 def z_loss(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
@@ -213,6 +264,7 @@ class RouterLosses(nn.Module):
         expert_TK: Tensor,
         context: RouterContext | None,
         is_trained: bool = True,
+        moe: Any = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attaches the losses, where there is a context, that is in training.
 
@@ -221,6 +273,7 @@ class RouterLosses(nn.Module):
             weight_TK: routing weights, (tokens, top-k).
             expert_TK: chosen experts, (tokens, top-k).
             context: the forward pass' context; its mask covers the same tokens.
+            moe: the part's `MoEConfig`; None for a softmax over all experts.
             is_trained: whether the router learns; a frozen router's losses are reported, but not attached, since they
                 could only move whatever is trained below it.
 
@@ -228,12 +281,17 @@ class RouterLosses(nn.Module):
             What is reported, the detached logits, so that a trainer's own auxiliary term carries no second gradient;
             the weights, unchanged in value; and the detached (balance, z) losses, (2,), or None.
         """
-        if context is None:
+        if context is None or not context.learns:
             return logits_TE.detach(), weight_TK, None
         mask_T = logits_TE.new_ones(logits_TE.shape[0])
         if context.token_mask is not None:
             mask_T = context.token_mask.reshape(-1).to(mask_T)
-        balance = balance_loss(logits_TE.softmax(-1), expert_TK, mask_T)
+        probability_TE = probabilities(logits_TE, "softmax" if moe is None else moe.router_type)
+        is_image_T = context.is_image_token()
+        if moe is None or is_image_T is None or moe.modality_routing == "shared":
+            balance = balance_loss(probability_TE, expert_TK, mask_T)
+        else:
+            balance = balance_by_modality(moe, probability_TE, expert_TK, mask_T, is_image_T)
         z = z_loss(logits_TE, mask_T)
         reported = torch.stack([balance, z]).detach()
         if not is_trained:

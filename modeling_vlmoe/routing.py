@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .adapter_warnings import warn_of_adapters
+from .image_tokens import find_image_tokens
+from .modality_routing import is_pooled
 from .moe_config import PARTS
 from .router_losses import UNSEEN, FollowedLoss, RouterContext, warn_unfollowed, weighted_mean
 
@@ -44,19 +46,29 @@ class RoutedModel:
     tower_paths: dict[str, str] = {}  # of a host's VLM: where its towers are
 
     def router_context(
-        self, attention_mask: Tensor | None, share: Tensor | None = None, has_loss: bool = False
+        self,
+        attention_mask: Tensor | None,
+        share: Tensor | None = None,
+        has_loss: bool = False,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> RouterContext | None:
-        """The context of this forward pass: in training, where the model has experts.
+        """The context of this forward pass: in training, where the model has experts; else where routers read it.
 
         Args:
             attention_mask: (batch, sequence), 1 for real tokens.
+            input_ids: (batch, sequence), or `inputs_embeds`, (batch, sequence, width): where images stand is read off
+                them.
             share: this micro-batch's share of the optimizer step, where it is known.
             has_loss: whether the task loss is computed by the model, so that it shows what a trainer does to it.
         """
         moes = {part: self.config.moe(part) for part in PARTS}
         sparse = {part: moe for part, moe in moes.items() if moe is not None}  # dynamo takes no walrus in here
+        knows_images = sparse.get("text") is not None and sparse["text"].modality_routing != "shared"
         if not (self.training and sparse and torch.is_grad_enabled()):
-            return None
+            if not (knows_images and is_pooled(sparse["text"])):
+                return None
+            return RouterContext(learns=False, is_image=find_image_tokens(self, input_ids, inputs_embeds))
         warn_of_adapters(self)
         scale = torch.full((), UNSEEN if has_loss else 1.0, device=self.device)
         context = RouterContext(loss_scale=scale, share=torch.ones((), device=self.device))
@@ -71,6 +83,8 @@ class RoutedModel:
             self.followed.add(context)
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             context.token_mask = attention_mask.bool()
+        if knows_images:
+            context.is_image = find_image_tokens(self, input_ids, inputs_embeds)
         return context
 
     def weigh_losses(

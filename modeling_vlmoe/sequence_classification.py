@@ -72,7 +72,7 @@ class VLMoEForSequenceClassification(VLMoEPreTrainedModel):
 
         The other arguments are those of [`VLMoEModel.forward`].
         """
-        context = self.model.router_context(attention_mask, has_loss=labels is not None)
+        context = self.model.router_context(attention_mask, None, labels is not None, input_ids, inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -30,42 +30,12 @@ from .mlp_layouts import (
     out_features,
     output_dropout,
 )
+from .moe_config import experts_in
 from .part_requests import PartRequest
 from .routed_lora import run_experts
 from .router_losses import RouterContext, RouterLosses
+from .routers import Router
 from .shared_base import LowRank
-
-
-class Router(nn.Module):
-    """Scores every expert for every token and keeps the best K, in float32 whatever the model's dtype.
-
-    Args:
-        width: D.
-        moe: the part's `MoEConfig`.
-    """
-
-    def __init__(self, width: int, moe: Any):
-        super().__init__()
-        self.moe = moe
-        self.weight = nn.Parameter(torch.empty(moe.num_experts, width))
-
-    def reset_parameters(self) -> None:
-        """Uniform with variance 1 / (3 D): the spread of the logits does not depend on the width (MATHS 3)."""
-        bound = self.weight.shape[1] ** -0.5
-        init.uniform_(self.weight, -bound, bound)
-
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Routes the MLP's input, (tokens, D).
-
-        Returns:
-            The logits (T, E), float32; the weights (T, K), float32; the chosen experts (T, K).
-        """
-        with torch.autocast(device_type=x_TD.device.type, enabled=False):  # bf16 ties would flip the choice
-            logits_TE = F.linear(x_TD.float(), self.weight.float())
-            weight_TK, expert_TK = logits_TE.softmax(-1).topk(self.moe.num_experts_per_tok)
-            if self.moe.norm_topk_prob:
-                weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
-        return logits_TE, weight_TK, expert_TK
 
 
 @use_experts_implementation(experts_interface=EXPERT_KERNELS)
@@ -278,6 +248,7 @@ class SparseMoE(nn.Module):
         dense_mlp: the MLP whose place it takes; gives layout, widths, biases and activation.
         num_layers: sparse layers of the part.
         layout: the dense MLP's, where it is known.
+        position: the how-manyth of these layers it is in.
     """
 
     def __init__(
@@ -287,6 +258,7 @@ class SparseMoE(nn.Module):
         dense_mlp: nn.Module,
         num_layers: int,
         layout: MLPLayout | None = None,
+        position: int = 0,
     ):
         super().__init__()
         layout = find_layout(dense_mlp, "the dense MLP", layout)
@@ -297,13 +269,13 @@ class SparseMoE(nn.Module):
         experts_class = Experts if is_regular else PaddedExperts
         experts: Any
         if moe.expert_type == "delta":
-            experts = DeltaExperts(moe, dense_mlp, layout)
+            experts = DeltaExperts(moe, dense_mlp, layout, experts_in(moe, position))
         else:
-            experts = experts_class(config, moe.num_experts, dense_mlp, moe.moe_intermediate_size, layout)
+            experts = experts_class(config, experts_in(moe, position), dense_mlp, moe.moe_intermediate_size, layout)
             # The host's decorator sets these two after __init__, per class; here they differ per instance.
             experts.has_gate, experts.has_bias = experts.is_gated, experts.is_biased
         self.experts = experts
-        self.router = Router(width, moe).to(self.experts.down_proj.device)
+        self.router = Router(width, moe, position).to(self.experts.down_proj.device)
         self.shared_expert: nn.Module | None = None
         if moe.num_shared_experts:
             shared_width = moe.shared_expert_intermediate_size or self.experts.intermediate_size
@@ -322,9 +294,11 @@ class SparseMoE(nn.Module):
         along.
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits_TE, weight_TK, expert_TK = self.router(x_TD)
+        logits_TE, weight_TK, expert_TK = self.router(x_TD, context)
         is_trained = any(parameter.requires_grad for parameter in self.router.parameters())
-        logits_TE, weight_TK, losses = self.losses(logits_TE, weight_TK, expert_TK, context, is_trained)
+        logits_TE, weight_TK, losses = self.losses(
+            logits_TE, weight_TK, expert_TK, context, is_trained, self.router.moe
+        )
         out_TO = run_experts(self.experts, x_TD, expert_TK, weight_TK)
         if self.multiplier is not None:
             out_TO = out_TO * self.multiplier

@@ -26,7 +26,8 @@ from .mlp_layouts import ACTIVATION_NAMES, MLP_NAMES, MLPLayout, find_layout, fi
 from .part_requests import CONTEXT
 from .recorders import forget_recorders, make_recorders_picklable, register_recorders
 from .router_losses import RouterLosses
-from .sparse_moe import Experts, Router, SparseMoE
+from .routers import Router
+from .sparse_moe import Experts, SparseMoE
 
 LAYER_LISTS = (
     "layers",
@@ -349,8 +350,8 @@ def make_sparse(
         holder.__class__ = sparse_tower_class(type(holder))
     # A dense tower's configuration says "eager" by the time it is built, so the request is handed in.
     tower.config._experts_implementation_internal = tower.get_correct_experts_implementation(experts_implementation)
-    for mlp in mlps:
-        block = SparseMoE(tower.config, moe, mlp.module, len(mlps), mlp.layout)
+    for position, mlp in enumerate(mlps):
+        block = SparseMoE(tower.config, moe, mlp.module, len(mlps), mlp.layout, position)
         if copy:
             if moe.num_shared_experts:
                 raise ValueError(

@@ -226,7 +226,7 @@ class VLMoEModel(RoutedModel, VLMoEPreTrainedModel):
         if output_router_logits is None:
             output_router_logits = bool(getattr(self.config.text_config, "output_router_logits", False))
         if router_context is None:
-            router_context = self.router_context(attention_mask)
+            router_context = self.router_context(attention_mask, input_ids=input_ids, inputs_embeds=inputs_embeds)
         if pixel_values is not None:
             image = self.get_image_features(
                 pixel_values,

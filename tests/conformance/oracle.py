@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_vlmoe.finetune.router_load import find_body
-from modeling_vlmoe.sparse_moe import Router
+from modeling_vlmoe.routers import Router
 
 
 def loop_balance(logits: Tensor, index: Tensor, mask: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from modeling_vlmoe.conversion.probes import FEWEST_ROWS, ROWS_PER_EXPERT, probe
 from modeling_vlmoe.conversion.proved_writing import write_companions
 from modeling_vlmoe.conversion.streaming import CheckpointReader, write_checkpoint
 from modeling_vlmoe.conversion.verify import prove
-from modeling_vlmoe.sparse_moe import Router
+from modeling_vlmoe.routers import Router
 from tests import tiny
 from tests.conversion.conftest import ALL_SPARSE
 

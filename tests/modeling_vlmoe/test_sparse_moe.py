@@ -9,7 +9,8 @@ from transformers.activations import ACT2FN
 
 from modeling_vlmoe import MoEConfig
 from modeling_vlmoe.mlp_layouts import find_layout
-from modeling_vlmoe.sparse_moe import Router, SparseMoE
+from modeling_vlmoe.routers import Router
+from modeling_vlmoe.sparse_moe import SparseMoE
 from tests.tiny import redraw
 
 
