@@ -1,5 +1,7 @@
 """Router losses reach the router, whole and once, under every trainer (`python -m tests.conformance`: the table)."""
 
+from functools import cache
+
 import pytest
 import torch
 import transformers
@@ -18,6 +20,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # trainers' own
 HELPED = [name for name, kind in KINDS.items() if kind.needs_help]
 
 
+right = cache(measure)  # nobody's mistakes: the same cell for every test
+
+
 def holds(cell: run.Cell) -> None:
     assert cell.task > 0.1
     assert cell.auxiliary > 0.1
@@ -27,13 +32,13 @@ def holds(cell: run.Cell) -> None:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", KINDS)
 def test_the_gradient_is_the_oracles(name, setting):
-    holds(measure(name, setting, "both"))
+    holds(right(name, setting, "both"))
 
 
 @pytest.mark.parametrize("loss", ["balance", "z"])
 @pytest.mark.parametrize("name", KINDS)
 def test_each_loss_alone(name, loss):
-    holds(measure(name, "accumulation", loss))
+    holds(right(name, "accumulation", loss))
 
 
 @pytest.mark.parametrize("spread", SPREADS)
@@ -46,7 +51,7 @@ def test_two_processes(spread):
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda one: f"{one.what}: {one.trainer}")
 def test_a_mistake_is_found(mistake):
-    holds(measure(mistake.trainer, mistake.setting, mistake.loss))
+    holds(right(mistake.trainer, mistake.setting, mistake.loss))
     with made(mistake):
         assert measure(mistake.trainer, mistake.setting, mistake.loss).gap > SMALLEST_MISTAKE
 
