@@ -147,7 +147,7 @@ def align(root: Path, settings: DemoSettings, name: str, start: Path) -> Path:
     )
 
 
-def tune(root: Path, settings: DemoSettings, name: str, start: Path, steps: int) -> Path:
+def tune(root: Path, settings: DemoSettings, name: str, start: Path, steps: int, data: str = DATA) -> Path:
     """Stage 2 of the recipes: LoRA on attention, experts and dense MLPs of both towers; routers and connector
     whole.
     """
@@ -155,7 +155,7 @@ def tune(root: Path, settings: DemoSettings, name: str, start: Path, steps: int)
         "lora",
         settings,
         model=start,
-        data=root / CONTESTANTS[name].data / "train.jsonl",
+        data=root / data / "train.jsonl",
         output_dir=root / name / "tuned",
         max_steps=steps,
         per_device_train_batch_size=settings.tune_batch_size,
@@ -163,7 +163,7 @@ def tune(root: Path, settings: DemoSettings, name: str, start: Path, steps: int)
         lora_parts="text,vision",
         lora_r=settings.lora_rank,
         lora_alpha=2 * settings.lora_rank,
-        train_connector=CONTESTANTS[name].data == DATA,
+        train_connector=data == DATA,
         merge=True,
     )
 
@@ -199,7 +199,7 @@ def contest(name: str) -> Callable[[Path, DemoSettings], dict[str, Any]]:
             seconds["align"] = time.perf_counter() - began
         steps = contestant.steps(root, settings)
         began = time.perf_counter()
-        folder = tune(root, settings, name, start, steps)
+        folder = tune(root, settings, name, start, steps, contestant.data)
         seconds["tune"] = time.perf_counter() - began
         model, processor = load_model(folder / "merged")
         test = load_chat_data(root / contestant.data / "test.jsonl")
