@@ -44,9 +44,14 @@ class UpcycleArguments:
     vision_layers: str | None = option(
         "Sparse layers of the ViT; not given: the upper half of those the connector reads."
     )
+    vision_router: str | None = option(
+        "Router of the ViT's experts: softmax, sigmoid, or attention (which reads the text beside the image); not "
+        "given: softmax."
+    )
     connector_experts: int | None = option("Experts of the connector; not given: it stays dense.")
     dense: bool = option("No part gets experts: a dense model, to be tuned and upcycled by --vlm-model.", False)
     connector_top_k: int | None = option("Experts each image token is sent to in the connector; not given: 2.")
+    connector_router: str | None = option("Router of the connector's experts, likewise.")
     vision_feature_layer: int | list[int] | None = option(  # noqa: RUF009 (it is a field)
         "Hidden state of the ViT that the connector reads (a recipe may list several); not given: -2, the last "
         "layer's input, or -1 where the ViT merges patches behind its last layer."

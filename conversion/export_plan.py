@@ -16,6 +16,7 @@ from modeling_vlmoe.delta_experts import refuse_delta_config
 from modeling_vlmoe.mlp_layouts import find_layout, is_biased
 from modeling_vlmoe.text_head import head_maths
 from modeling_vlmoe.towers import find_dense_mlp
+from modeling_vlmoe.visible_text import parts_reading_text
 
 from .assignments import EXPERTS
 from .dense_tensors import DenseTensors, find_dense_tensors
@@ -154,6 +155,20 @@ def check_features(model: Any) -> None:
         )
 
 
+def check_no_text_gate(config: Any) -> None:
+    """Refuses routers of images that read text.
+
+    Raises:
+        ValueError: naming the parts.
+    """
+    if parts := parts_reading_text(config):
+        raise ValueError(
+            f'The routers of {" and ".join(parts)} read the text beside an image (router_type "attention"), but '
+            "serving engines, and transformers' own classes, encode images without any text. Choose --to text, the LM "
+            "alone, or use the checkpoint with vlmoe's own code."
+        )
+
+
 def dense_twin(config: Any) -> Any:
     """The model with dense MLPs in ViT and connector, on the meta device."""
     dense_config = copy.deepcopy(config)
@@ -249,6 +264,7 @@ def plan_export(args: ExportArguments, source: Parent) -> ExportPlan:
     pair, text = native_text_config(config)
     forms: dict[str, DenseForm] = {}
     if args.to != TEXT:
+        check_no_text_gate(config)
         check_head(config)
         check_features(model)
         forms = dense_forms(tensors, config, twin)

@@ -14,7 +14,7 @@ from modeling_vlmoe.parts import blocks_of
 
 from .assignments import EXPERTS
 from .dense_tensors import DenseTensors, find_dense_tensors, head_name
-from .export_plan import IMAGE_PARTS, ExportPlan, describe_experts, obstacles, text_names
+from .export_plan import IMAGE_PARTS, ExportPlan, check_no_text_gate, describe_experts, obstacles, text_names
 from .host_mapping import EqualCopies, HostMapping, StoredNames, check_total, text_prefix
 from .host_planning import sub_configs
 from .host_processors import copy_processor, load_processor
@@ -99,6 +99,7 @@ def equal_copies(tensors: DenseTensors, config: Any) -> list[EqualCopies]:
     parts = [part for part in IMAGE_PARTS if config.moe(part) is not None]
     if not parts:
         return []
+    check_no_text_gate(config)
     dense_config = config.dense_class.from_dict(dense_values(config))
     dense = build_on_meta(lambda: AutoModelForImageTextToText.from_config(dense_config))
     mlps, found, refused = sparse_mlps(dense, tensors.model), [], []

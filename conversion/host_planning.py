@@ -12,6 +12,8 @@ from modeling_vlmoe import VLMoEForConditionalGeneration
 from modeling_vlmoe.configuration_vlmoe import VLMoEConfig
 from modeling_vlmoe.modeling_in_place import sparse_class_of
 from modeling_vlmoe.parts import text_root, vision_root
+from modeling_vlmoe.visible_marks import find_answer_tokens
+from modeling_vlmoe.visible_text import parts_reading_text
 
 from .arguments import NATIVE, UpcycleArguments
 from .assignments import DenseTensor
@@ -140,6 +142,8 @@ def plan_in_place(
     loaded, not_read = from_parent(parent) if processor is None else processor
     check_image_processor_named(parent.folder, loaded)
     config = sparse_config(parent, asked)
+    if parts_reading_text(config):
+        find_answer_tokens(loaded)  # refuses a processor whose text could not be marked
     generation = load_generation(parent, parent.config)
     sparse = build_vlm(config)
     dtype = choose_dtype(args, dense)

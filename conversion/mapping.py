@@ -24,6 +24,7 @@ from modeling_vlmoe.towers import find_dense_mlp
 from .assignments import (
     DELTAS,
     EXPERTS,
+    GATE_OPERATIONS,
     ROUTER,
     Assignment,
     DenseTensor,
@@ -224,8 +225,9 @@ def assign(
     """
     mark = next((mark for mark in (EXPERTS, ROUTER) if name.rpartition(mark)[0] in mlps), None)
     if mark == ROUTER:
-        mlp = mlps[name.rpartition(mark)[0]]
-        return Assignment(TensorSpec(name, torch.float32, shape), "router", (), (), mlp.num_experts, mlp.num_active)
+        mlp, parameter = mlps[name.rpartition(mark)[0]], name.rpartition(mark)[2]
+        operation = GATE_OPERATIONS.get(parameter, "router")
+        return Assignment(TensorSpec(name, torch.float32, shape), operation, (), (), mlp.num_experts, mlp.num_active)
     if mark == EXPERTS:
         mlp, parameter = mlps[name.rpartition(mark)[0]], name.rpartition(mark)[2]
         if parameter in mlp.shared:

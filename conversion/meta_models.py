@@ -17,6 +17,7 @@ from modeling_vlmoe import VLMoEForConditionalGeneration
 from modeling_vlmoe.delta_experts import DeltaExperts
 from modeling_vlmoe.modeling_in_place import is_in_place, sparse_class_of
 from modeling_vlmoe.sparse_moe import Experts
+from modeling_vlmoe.text_gate import silence
 
 FEWEST_MAPPED = 2**22  # numbers of an embedding
 
@@ -106,7 +107,7 @@ def patch_embeddings(model: nn.Module) -> set[nn.Module]:
 
 @torch.no_grad()
 def fill_mapped(model: Model, tensor: Callable[[str], Tensor], dtype: torch.dtype | None = None) -> Model:
-    """Gives a meta model its weights.
+    """Gives a meta model its weights. Its text gates are silent: proofs run parts without the text around them.
 
     Args:
         model: A model built by `build_on_meta`, or a module of one.
@@ -128,4 +129,5 @@ def fill_mapped(model: Model, tensor: Callable[[str], Tensor], dtype: torch.dtyp
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 setattr(module, name, tensor(prefix + name))
+    silence(model)
     return model

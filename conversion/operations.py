@@ -42,6 +42,12 @@ def router_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
     yield from cast_blocks(init(num_experts, width, generator), assignment.spec.dtype)
 
 
+def query_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
+    """The queries of a text gate, standard normal."""
+    generator = tensor_generator(drawing.seed, assignment.spec.name)
+    yield torch.randn(assignment.spec.shape, generator=generator).to(assignment.spec.dtype)
+
+
 def grown_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
     """The dense rows, and for each new token their mean."""
     dense = assignment.dense[0].read()
@@ -72,6 +78,7 @@ OPERATIONS: dict[str, Callable[[Assignment, Drawing], Iterator[Tensor]]] = {
     "experts": expert_blocks,
     "stack": stack_blocks,
     "router": router_blocks,
+    "queries": query_blocks,
     "grow": grown_blocks,
     "mean": mean_blocks,
     "zeros": zero_blocks,

@@ -10,6 +10,8 @@ from modeling_vlmoe import VLMoEForConditionalGeneration, VLMoEProcessor
 from modeling_vlmoe.configuration_vlmoe import VLMoEConfig
 from modeling_vlmoe.moe_config import PARTS
 from modeling_vlmoe.text_head import find_head
+from modeling_vlmoe.visible_marks import find_answer_tokens
+from modeling_vlmoe.visible_text import parts_reading_text
 
 from .arguments import UpcycleArguments, parse_layers
 from .assignments import DenseTensor
@@ -27,6 +29,8 @@ from .plans import UpcyclePlan, choose_drawing, choose_dtype, load_generation
 from .processors import build_processor
 
 DEFAULT_TEXT_EXPERTS = 8
+# What the flags of a part are called, by the field that each sets.
+OPTION_NAMES = {"num_experts_per_tok": "top-k", "layers": "layers", "router_type": "router"}
 
 
 def expert_kind(args: UpcycleArguments) -> dict[str, Any]:
@@ -60,13 +64,15 @@ def asked_experts(args: UpcycleArguments) -> dict[str, dict[str, Any]]:
     asked, kind = {}, expert_kind(args)
     for part, count in counts.items():
         options = {"num_experts_per_tok": getattr(args, f"{part}_top_k")}
+        if part != "text":
+            options["router_type"] = getattr(args, f"{part}_router")
         if part != "connector":
             options["layers"] = parse_layers(getattr(args, f"{part}_layers"), f"{part}_layers")
         given = {name: value for name, value in options.items() if value is not None}
         if count is not None:
             asked[part] = {"num_experts": count} | kind | given
         elif given:
-            flag = f"--{part}-{'top-k' if 'num_experts_per_tok' in given else 'layers'}"
+            flag = f"--{part}-{OPTION_NAMES[next(iter(given))]}"
             raise ValueError(f"{flag} is given, but this part stays dense; give --{part}-experts too.")
     return asked
 
@@ -170,6 +176,9 @@ def plan_composite(args: UpcycleArguments, asked: dict[str, dict], parents: dict
     dense_vlm = build_on_meta(lambda: VLMoEForConditionalGeneration(dense_config))
     processor, pixel_shape = build_processor(parents, dense_vlm)
     config = build_config(dense_config, asked, processor)
+    processor.marks_visible_text = bool(parts_reading_text(config))
+    if processor.marks_visible_text:
+        find_answer_tokens(processor)  # refuses a chat template that does not say what the assistant's turns are
     generation = load_generation(parents.get("text") or parents["vlm"], config)
     sparse = build_on_meta(lambda: VLMoEForConditionalGeneration(config))
     dtype = choose_dtype(args, dense)

@@ -13,6 +13,7 @@ from modeling_vlmoe.companions import RECEIPT_NAME
 from modeling_vlmoe.model_cards.side_files import read_side_file
 from modeling_vlmoe.moe_config import PARTS
 
+from .assignments import ROUTER
 from .casts import find_casts
 from .connector_init import DrawnConnector
 from .gaps import FLOOR_FACTOR, LIMIT, Findings
@@ -66,7 +67,7 @@ def describe_mapping(mapping: Mapping) -> dict[str, Any]:
     num_drawn = sum(isinstance(tensor.source, DrawnConnector) for tensor in dense)
     return {
         "used": len(dense) - num_drawn,
-        "new": {"router": operations["router"], "connector": num_drawn},
+        "new": {"router": sum(ROUTER in one.spec.name for one in mapping.assignments), "connector": num_drawn},
         "targets": dict(sorted(operations.items())),
         "dropped": {role: dict(Counter(reasons.values())) for role, reasons in mapping.dropped.items()},
         "dropped_tensors": {role: sorted(reasons) for role, reasons in mapping.dropped.items() if reasons},

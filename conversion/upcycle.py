@@ -15,7 +15,7 @@ from modeling_vlmoe.delta_experts import refuse_delta_config
 
 from .arguments import NATIVE, UpcycleArguments
 from .export import open_checkpoint, write_export
-from .export_plan import check_features, check_head, native_text_config
+from .export_plan import check_features, check_head, check_no_text_gate, native_text_config
 from .meta_models import build_on_meta
 from .native_arguments import ExportArguments
 from .output_folder import check_output_folder, check_parents_survive
@@ -63,6 +63,7 @@ def check_native(plan: UpcyclePlan) -> PreTrainedConfig:
     """
     refuse_delta_config(plan.config, "--format native")
     model = build_on_meta(lambda: VLMoEForConditionalGeneration(plan.config))  # resolves what is left open
+    check_no_text_gate(plan.config)
     check_head(plan.config)
     check_features(model)
     return native_text_config(plan.config)[1]

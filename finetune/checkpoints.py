@@ -21,6 +21,7 @@ from modeling_vlmoe.image_tokens import image_token
 from modeling_vlmoe.model_cards import keep_edited_card, write_card
 from modeling_vlmoe.model_cards.side_files import EVAL_RESULTS_NAME, check_companions, read_side_file
 from modeling_vlmoe.modeling_in_place import is_in_place
+from modeling_vlmoe.visible_marks import marked_for
 
 from .arguments import FinetuneArguments
 from .collator import chats_of
@@ -122,9 +123,9 @@ def open_processor(name: str | Path, config: Any, **hub: Any) -> Any:
         ValueError: if there is none that can be loaded.
     """
     if is_in_place(config):
-        return host_processors.open_processor(name, config.body_model_type, hub.get("revision"))
+        return marked_for(config, host_processors.open_processor(name, config.body_model_type, hub.get("revision")))
     try:
-        return AutoProcessor.from_pretrained(name, **hub)
+        return marked_for(config, AutoProcessor.from_pretrained(name, **hub))
     except (*BROKEN, ImportError) as error:
         raise ValueError(
             f"model {name} has no processor that can be loaded; save the one it was converted with beside it. {error}"

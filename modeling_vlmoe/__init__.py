@@ -21,6 +21,7 @@ _HOMES = {
     "VLMoEModel": "modeling_vlmoe",
     "VLMoEPreTrainedModel": "modeling_vlmoe",
     "VLMoEProcessor": "processing_vlmoe",
+    "mark_visible_text": "visible_marks",
 }
 __all__ = [
     "MoEConfig",
@@ -31,6 +32,7 @@ __all__ = [
     "VLMoEPreTrainedModel",
     "VLMoEProcessor",
     "__version__",
+    "mark_visible_text",
     "register",
 ]
 
@@ -43,6 +45,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; __getattr__ gives the r
         VLMoEPreTrainedModel,
     )
     from .processing_vlmoe import VLMoEProcessor
+    from .visible_marks import mark_visible_text
 
 _is_registered = False
 

@@ -14,7 +14,10 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .image_inputs import blank_image
+from .part_images import PartImages, no_text
+from .router_losses import RouterContext
 from .towers import tower_layers
+from .visible_text import parts_reading_text
 
 
 def is_gathered(model: Any) -> bool:
@@ -35,7 +38,7 @@ def needs_blank_image(model: Any, past_key_values: Any) -> bool:
 
 
 def encode_nothing(model: Any) -> Tensor:
-    """Zero, with the ViT and the connector in its graph; before the text is embedded, where others encode images.
+    """Zero, with the ViT and the connector in its graph; behind the text's embedding, where others encode images.
 
     Args:
         model: a `VLMoEModel`.
@@ -45,4 +48,8 @@ def encode_nothing(model: Any) -> Tensor:
     """
     image = blank_image(model.image_form, model.config.vision_config)
     image = {name: tensor.to(model.device) for name, tensor in image.items()}
-    return 0.0 * torch.cat(list(model.get_image_features(**image, return_dict=True).pooler_output)).sum()
+    context = RouterContext(learns=False)
+    for part in parts_reading_text(model.config):
+        context.images[part] = PartImages(1, None, no_text(1, model.config.text_config.hidden_size, model.device))
+    found = model.get_image_features(**image, router_context=context, return_dict=True)
+    return 0.0 * torch.cat(list(found.pooler_output)).sum()

@@ -131,6 +131,7 @@ def chat_processor(model_name_or_path: str, config: Any) -> Any:
     from modeling_vlmoe.conversion.parents import BROKEN
 
     from .modeling_in_place import is_in_place
+    from .visible_marks import marked_for
 
     if is_in_place(config):
         processor = open_processor(model_name_or_path, config.body_model_type)
@@ -146,7 +147,7 @@ def chat_processor(model_name_or_path: str, config: Any) -> Any:
             f"The processor of {model_name_or_path} ({type(processor).__name__}) has no chat template, so that a chat "
             "cannot be laid out. Put the model's chat_template.jinja beside its weights."
         )
-    return processor
+    return marked_for(config, processor)
 
 
 def from_checkpoint(model_name_or_path: str) -> Answer:

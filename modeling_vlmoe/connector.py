@@ -49,7 +49,7 @@ class VLMoEConnector(nn.Module):
     def make_sparse(self, config: VLMoEConfig, copy: bool = False) -> None:
         """Puts experts in the place of the dense MLP; with `copy` each of them is that MLP."""
         dense = self.mlp
-        block = SparseMoE(config, config.connector_moe, dense, num_layers=1)
+        block = SparseMoE(config, config.connector_moe, dense, num_layers=1, text_width=config.text_config.hidden_size)
         if copy:
             block.experts.copy_dense(dense, find_layout(dense, "connector.mlp"))
             mark_initialized(block.experts)

@@ -56,7 +56,7 @@ def adopt_parents(model: Any, text: Any, vision: Any, experts_implementation: st
             if getattr(module, "config", None) is tower.config:
                 module.config = sub_config
         if moe is not None:
-            make_sparse(tower, moe, experts_implementation, copy=True)
+            make_sparse(tower, moe, experts_implementation, True, config.text_config.hidden_size)
         setattr(body, name, tower)
     _, model.lm_head = find_head(text)
     mark_initialized(model.lm_head)

@@ -122,6 +122,27 @@ def count_tokens(sizes: Iterable[Sequence[int]], side: int) -> list[int]:
     return counts
 
 
+def tokens_in_tower(form: ImageForm, vision_config: Any, given: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """How many tokens each image has inside the ViT; None where all have the same number.
+
+    Args:
+        form: the ViT's.
+        vision_config: its configuration.
+        given: the image processor's results.
+    """
+    if form.sizes is None or form.is_padded:
+        return None
+    side = 1 if form.is_merged else form.token_side(vision_config)  # patches are merged behind the layers
+    return tuple(count_tokens(given[form.sizes], side))
+
+
+def tokens_of_images(form: ImageForm, vision_config: Any, given: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """How many features each image has behind the ViT; None where all have the same number."""
+    if form.sizes is None:
+        return None
+    return tuple(count_tokens(given[form.sizes], form.token_side(vision_config)))
+
+
 def check_width(features: Tensor, config: VLMoEConfig) -> None:
     """Refuses hidden states whose last dimension is not the ViT's width.
 

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 import transformers
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .checkpoint_folder import CheckpointFolder
 from .configuration_in_place import BODY, body_config_class, sparse_config_class
 from .fsdp_plan import wrap_vision_layers
+from .host_generation import EncodesWithText
+from .host_images import MARKS, check_known
+from .moe_config import part_config
 from .parts import find_connector, find_towers, has_layers, write_text_width
 from .parts_config import AUTO_MAP
 from .recorders import install_recorders, make_recorders_picklable
@@ -101,10 +104,15 @@ def take_requests(config: Any) -> dict[int, str | None]:
     return requests
 
 
+def words_width(config: Any) -> int:
+    """The width of the words that a text gate reads."""
+    return part_config(config, "text").hidden_size
+
+
 def make_connector_sparse(model: Any) -> None:
     """Puts experts in the place of the connector's MLP, and has the model around them initialise them."""
     config, mlp = model.config, find_connector(model)
-    block = SparseMoE(config, config.connector_moe, mlp.module, num_layers=1, layout=mlp.layout)
+    block = SparseMoE(config, config.connector_moe, mlp.module, 1, mlp.layout, text_width=words_width(config))
     holders = [one for one in model.modules() if isinstance(one, PreTrainedModel) and mlp.layer in set(one.modules())]
     mlp.replace(block.train(model.training))
     holder = holders[-1]
@@ -123,6 +131,7 @@ def make_vlm_sparse(model: Any, requests: dict[int, str | None]) -> None:
         ValueError: naming the layer or module that cannot carry experts.
     """
     config, body = model.config, model.base_model
+    check_known(model)
     for part, moe in (("text", config.text_moe), ("vision", config.vision_moe)):
         if moe is None:
             continue
@@ -132,7 +141,7 @@ def make_vlm_sparse(model: Any, requests: dict[int, str | None]) -> None:
                 f"layers are known. Leave {part}_moe out."
             )
         tower = towers[part][1]
-        make_sparse(tower, moe, requests.get(id(tower.config)))
+        make_sparse(tower, moe, requests.get(id(tower.config)), text_width=words_width(config))
     if config.connector_moe is not None:
         make_connector_sparse(model)
     if config.text_moe is not None:
@@ -203,7 +212,12 @@ def sparse_model_class(dense_class: Any) -> Any:
         "get_correct_experts_implementation": get_correct_experts_implementation,
         "config_class": sparse_config_class(dense_class.config_class),
         "is_built": False,
-        "_keep_in_fp32_modules_strict": [*(dense_class._keep_in_fp32_modules_strict or []), "router.weight"],
+        "takes_marks": MARKS in names,
+        "_keep_in_fp32_modules_strict": [
+            *(dense_class._keep_in_fp32_modules_strict or []),
+            "router.weight",
+            "router.text_gate",
+        ],
         # The host answers these two by searching the source file of the class.
         "_can_set_experts_implementation": classmethod(lambda cls: True),
         "_can_set_attn_implementation": classmethod(lambda cls: dense_class._can_set_attn_implementation()),
@@ -211,5 +225,6 @@ def sparse_model_class(dense_class: Any) -> Any:
     if hasattr(dense_class, "_supports_mm_encoder_outputs"):
         members["_supports_mm_encoder_outputs"] = _supports_mm_encoder_outputs
     name = f"Sparse{dense_class.__name__}"
-    _SPARSE_MODELS[dense_class] = type(name, (RoutedModel, CheckpointFolder, dense_class), members)
+    generates = (EncodesWithText,) if issubclass(dense_class, GenerationMixin) else ()
+    _SPARSE_MODELS[dense_class] = type(name, (RoutedModel, *generates, CheckpointFolder, dense_class), members)
     return _SPARSE_MODELS[dense_class]

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .configuration_vlmoe import VLMoEConfig
+from .early_images import put_context
 from .from_parents import adopt_parents, load_parents
 from .model_outputs import VLMoECausalLMOutputWithPast
 from .pretrained import VLMoEPreTrainedModel
@@ -99,6 +100,15 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
     def _supports_mm_encoder_outputs(self) -> bool:
         # `generate` encodes images before forward, where FSDP has not gathered the tower's weights yet.
         return not isinstance(self, FSDPModule)
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config: Any
+    ) -> dict[str, Any]:
+        put_context(self, inputs_tensor, model_kwargs, model_input_name)
+        host: Any = super()  # whose `self` is annotated as a protocol of the host's
+        return host._maybe_prepare_encoder_kwargs_for_generation(
+            inputs_tensor, model_kwargs, model_input_name, generation_config
+        )
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
         # An LLM without a cache (GPT-1), or with one of its own kind (xLSTM), reads the whole sequence at each step.

@@ -53,7 +53,10 @@ class MoEConfig:
         num_shared_experts: experts that every token is sent to beside the routed ones: 0, or 1 as in Qwen2-MoE, whose
             output is weighted by the sigmoid of a linear gate of its own.
         shared_expert_intermediate_size: width of the shared expert; None takes the experts'.
-        router_type: "softmax" of a linear layer on the token; "sigmoid" of it (DeepSeek-V3, 2412.19437).
+        router_type: "softmax" of a linear layer on the token; "sigmoid" of it (DeepSeek-V3, 2412.19437); for ViT and
+            connector "attention": the softmax, of logits to which a gate adds that attends to the text that belongs to
+            the image (see text_gate.py).
+        router_text_size: width of that gate's queries, keys and values; None takes 64.
         routed_scaling_factor: what the routing weights are multiplied by; a list has one for each sparse layer.
             Without renormalisation, copies of the dense MLP compute s times what it computes: `vlmoe upcycle` measures
             1 / s.
@@ -81,7 +84,8 @@ class MoEConfig:
     norm_topk_prob: bool = True
     num_shared_experts: int = 0
     shared_expert_intermediate_size: int | None = None
-    router_type: Literal["softmax", "sigmoid"] = "softmax"
+    router_type: Literal["softmax", "sigmoid", "attention"] = "softmax"
+    router_text_size: int | None = None
     routed_scaling_factor: float | list[float] = 1.0
     use_expert_bias: bool = False
     expert_bias_update_rate: float = 0.001

@@ -23,6 +23,7 @@ SHAPING = (
     "num_shared_experts",
     "shared_expert_intermediate_size",
     "router_type",
+    "router_text_size",
     "use_expert_bias",
     "modality_routing",
     "modality_experts",

@@ -35,7 +35,7 @@ class VLMoEPreTrainedModel(CheckpointFolder, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["router.weight"]
+    _keep_in_fp32_modules_strict = ["router.weight", "router.text_gate"]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         if is_in_place(config):

@@ -31,6 +31,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .chat_templates import build_chat_template, default_chat_template
 from .image_inputs import count_tokens, form_of_sizes
+from .visible_marks import add_visible_marks
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,8 @@ class VLMoEProcessor(ProcessorMixin):
     """Turns text and images into model inputs: `input_ids`, `attention_mask`, `mm_token_type_ids`, `pixel_values`.
 
     `input_ids`, `attention_mask` and `mm_token_type_ids` have shape `(batch, sequence)`; the last is 1 on image tokens
-    and 0 on text. `pixel_values` has shape `(images, channels, height, width)`, the images of all samples in the order
+    and 0 on text; where a router of the model reads text, 3 on the text that belongs to images (see visible_text.py).
+    `pixel_values` has shape `(images, channels, height, width)`, the images of all samples in the order
     of their tokens; it is absent when there are none. Each sample may have any number of images. Where each image has
     a size of its own, `pixel_values` is as the image processor gives it, with the sizes beside it.
 
@@ -179,6 +181,8 @@ class VLMoEProcessor(ProcessorMixin):
         num_image_tokens: image features per image, behind the ViT's feature selection; None where images have sizes.
         image_sizes_name: what the image processor calls the sizes of images that have each their own.
         image_token_side: how many units of these a token is wide.
+        marks_visible_text: whether `mm_token_type_ids` marks the text that images may see by 3, which a model with
+            `router_type="attention"` reads.
     """
 
     return_mm_token_type_ids = True
@@ -193,12 +197,14 @@ class VLMoEProcessor(ProcessorMixin):
         num_image_tokens: int | None = None,
         image_sizes_name: str | None = None,
         image_token_side: int | None = None,
+        marks_visible_text: bool = False,
     ):
         _check_counting(num_image_tokens, image_sizes_name, image_token_side)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.num_image_tokens: Any = num_image_tokens
         self.image_sizes_name = image_sizes_name
         self.image_token_side: Any = image_token_side
+        self.marks_visible_text = marks_visible_text
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         token_ids = tokenizer.encode(self.image_token, add_special_tokens=False)
@@ -228,6 +234,7 @@ class VLMoEProcessor(ProcessorMixin):
         image_token: str = IMAGE_TOKEN,
         image_sizes_name: str | None = None,
         image_token_side: int | None = None,
+        marks_visible_text: bool = False,
     ) -> "VLMoEProcessor":
         """Builds the processor from a ViT's image processor and an LLM's tokenizer, both left as they are.
 
@@ -243,7 +250,7 @@ class VLMoEProcessor(ProcessorMixin):
                 sizes.
             chat_template: replaces the tokenizer's own. Without either, a plain "User: ... Assistant: ..." format.
             image_token: the token to add where the tokenizer has no `image_token` of its own.
-            image_sizes_name: as the class' own, like `image_token_side`.
+            image_sizes_name: as the class' own, like `image_token_side` and `marks_visible_text`.
         """
         tokenizer = copy.deepcopy(tokenizer)
         image_token = getattr(tokenizer, "image_token", None) or image_token
@@ -267,9 +274,8 @@ class VLMoEProcessor(ProcessorMixin):
             known_tokens=[*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder],
         )
         tokenizer.chat_template = template
-        return cls(
-            image_processor, tokenizer, template, image_token, num_image_tokens, image_sizes_name, image_token_side
-        )
+        counting = num_image_tokens, image_sizes_name, image_token_side
+        return cls(image_processor, tokenizer, template, image_token, *counting, marks_visible_text)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -280,6 +286,18 @@ class VLMoEProcessor(ProcessorMixin):
         """What parents' tokenizers and image processors may return beside the inputs of the model's `forward`."""
         used = ["pixel_values", *form_of_sizes(self.image_sizes_name).arguments]
         return ["token_type_ids", *(name for name in self.image_processor.model_input_names if name not in used)]
+
+    def create_mm_token_type_ids(self, input_ids: list) -> list[list[int]]:
+        """What kind each token is: 1 of an image; 3 text that images may see, where that is marked; else 0.
+
+        Args:
+            input_ids: a row of ids per sample.
+
+        Raises:
+            ValueError: if that is to be marked, and the chat template does not say what the assistant's turns are.
+        """
+        types = super().create_mm_token_type_ids(input_ids)
+        return add_visible_marks(self, input_ids, types) if self.marks_visible_text else types
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Loads images early, so that an unreadable one is named."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
 from .context_keywords import RECORDED
+from .host_images import context_of_host_images, for_host
 from .moe_config import PARTS, part_config
 from .part_requests import PartRequest
 from .parts import connector_blocks
@@ -116,6 +117,8 @@ def run_routed(model: Any, dense_forward: Callable[..., Any], given: dict[str, A
     mask = given.get(f"{prefix}attention_mask")
     ids, embeds = (given.get(f"{prefix}{name}") for name in ("input_ids", "inputs_embeds"))
     context = body.router_context(mask, share, labels is not None, ids, embeds)
+    context = context_of_host_images(body, context, given, mask, ids, embeds)
+    given = for_host(model, given)
     if context is None and not wants_logits:
         return dense_forward(model, **given)
     is_tuple = wants_tuple(model, given.get("return_dict"))

@@ -4,11 +4,34 @@ from typing import Any
 
 from .modality_routing import check_modality_routing
 
+DEFAULT_TEXT_SIZE = 64
+
 
 def _check_positive(part: str, moe: dict[str, Any], name: str) -> None:
     values = moe[name] if isinstance(moe[name], list) else [moe[name]]
     if any(value is not None and not 0 < value < float("inf") for value in values):
         raise ValueError(f"{part}_moe.{name} is {moe[name]}; expected more than 0.")
+
+
+def _check_text_gate(part: str, moe: dict[str, Any]) -> None:
+    """Checks the fields of a text gate, and fills in its width."""
+    given = moe["router_text_size"]
+    if moe["router_type"] != "attention":
+        if given is not None:
+            raise ValueError(
+                f"{part}_moe.router_text_size is {given}, but router_type is {moe['router_type']!r}, which reads no "
+                'text; leave it out, or set router_type to "attention".'
+            )
+        return
+    if part == "text":
+        raise ValueError(
+            'text_moe.router_type is "attention", but that router sends the tokens of an image by the text around it, '
+            "and the LLM's own tokens are text, of which a later one may not route an earlier one. Choose it for "
+            "vision_moe or connector_moe."
+        )
+    moe["router_text_size"] = DEFAULT_TEXT_SIZE if given is None else given
+    if moe["router_text_size"] < 1:
+        raise ValueError(f"{part}_moe.router_text_size is {given}; expected 1 or more.")
 
 
 def check_routing(part: str, moe: dict[str, Any]) -> None:
@@ -24,6 +47,7 @@ def check_routing(part: str, moe: dict[str, Any]) -> None:
     for name in ("routed_scaling_factor", "router_logit_norm", "expert_bias_update_rate"):
         _check_positive(part, moe, name)
     check_modality_routing(part, moe)
+    _check_text_gate(part, moe)
 
 
 def check_per_layer(part: str, moe: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from .hollow_tensors import is_hollow
 from .modality_routing import MODALITIES, num_open
+from .part_images import PartImages
 
 logger = logging.get_logger(__name__)
 
@@ -48,6 +49,8 @@ class RouterContext:
         is_followed: whether a trainer's own loss tells the scale too.
         learns: whether losses are computed; else the context is there for what routers read of it alone.
         is_image: (batch, sequence), true for the LLM's image tokens; None where it is not known.
+        images: for "vision" and "connector", whose tokens they see; left out where no router of the part reads it.
+        own_images: those of the part that the context was handed to.
     """
 
     token_mask: Tensor | None = None
@@ -58,19 +61,25 @@ class RouterContext:
     is_followed: bool = False
     learns: bool = True
     is_image: Tensor | None = None
+    images: dict[str, PartImages] = field(default_factory=dict)
+    own_images: PartImages | None = None
 
     @property
     def is_read(self) -> bool:
         """Whether routers need it to choose."""
-        return self.is_image is not None
+        return self.is_image is not None or self.own_images is not None
 
     def is_image_token(self) -> Tensor | None:
         """Which of the part's tokens are of images, (tokens,); None where it is not known."""
         return None if self.is_image is None else self.is_image.reshape(-1)
 
+    def image_of_token(self, num_tokens: int, device: torch.device) -> Tensor | None:
+        """Which image each of the part's tokens is of, (tokens,); None where it is not known."""
+        return None if self.own_images is None else self.own_images.of_token(num_tokens, device)
+
     def of(self, part: str) -> "RouterContext":
         """The context as "text", "vision" or "connector" gets it; of images every token is real."""
-        own = replace(self, coefficients=self.parts.get(part, (0.0, 0.0)))
+        own = replace(self, coefficients=self.parts.get(part, (0.0, 0.0)), own_images=self.images.get(part), images={})
         if part != "text":
             own.token_mask = own.is_image = None
         return own

@@ -17,6 +17,7 @@ from transformers import initialization as init
 from .modality_routing import has_two_routers, open_experts
 from .moe_config import experts_in
 from .router_losses import RouterContext
+from .text_gate import TextGate
 
 NORM_EPSILON = 1e-6
 
@@ -50,20 +51,33 @@ class Router(nn.Module):
         width: D.
         moe: the part's `MoEConfig`.
         position: the how-manyth sparse layer of the part this is.
+        text_width: width of the LLM's word embeddings, which a text gate reads.
 
     Attributes:
         weight: (E, D); where image tokens have a router of their own (`modality_routing="intra_inter"`), that of the
             other tokens.
         image_weight: (E, D), that of image tokens.
+        text_gate: what adds to the logits, with `router_type="attention"`.
+
+    Raises:
+        ValueError: if there is to be a text gate, and the text's width is not known.
     """
 
-    def __init__(self, width: int, moe: Any, position: int = 0):
+    def __init__(self, width: int, moe: Any, position: int = 0, text_width: int | None = None):
         super().__init__()
         self.moe, self.position, num_experts = moe, position, experts_in(moe, position)
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         self.image_weight: Tensor | None = None
         if has_two_routers(moe):
             self.image_weight = nn.Parameter(torch.empty(num_experts, width))
+        self.text_gate: TextGate | None = None
+        if moe.router_type == "attention":
+            if text_width is None:
+                raise ValueError(
+                    'router_type is "attention", which reads the LLM\'s words, but their width is not known. Pass '
+                    "text_width, or build the whole vision-language model."
+                )
+            self.text_gate = TextGate(num_experts, text_width, moe.router_text_size)
 
     def reset_parameters(self) -> None:
         """Uniform with variance 1 / (3 D): the spread of the logits does not depend on the width (MATHS 3)."""
@@ -79,6 +93,9 @@ class Router(nn.Module):
         if self.image_weight is not None and is_image_T is not None:
             of_images_TE = F.linear(x_TD.float(), self.image_weight.float())
             logits_TE = torch.where(is_image_T[:, None], of_images_TE, logits_TE)
+        if self.text_gate is not None:
+            images = None if context is None else context.own_images
+            logits_TE = logits_TE + self.text_gate(images, logits_TE.shape[0])
         open_TE = open_experts(self.moe, logits_TE, is_image_T)
         if (spread := self.moe.router_logit_norm) is not None:
             logits_TE = normalize_logits(logits_TE, spread, open_TE)

@@ -34,6 +34,7 @@ class RoutedModel:
             training loop makes its own loss; None where nobody has said.
         followed: the loss that a trainer makes while it makes it (`modeling_vlmoe.finetune.follow_trainer`).
         warns_of_adapters: whether the first training pass warns of an adapter around the model that cannot be meant.
+        ignores_text: whether text gates add nothing, and need not be told the text (`text_gate.silence`).
     """
 
     config: Any
@@ -42,6 +43,7 @@ class RoutedModel:
     micro_batch_share: float | None = None
     followed: FollowedLoss | None = None
     warns_of_adapters: bool = True
+    ignores_text: bool = False
     is_asked: bool = False  # within a pass (see routed_pass.py)
     tower_paths: dict[str, str] = {}  # of a host's VLM: where its towers are
 

@@ -249,6 +249,7 @@ class SparseMoE(nn.Module):
         num_layers: sparse layers of the part.
         layout: the dense MLP's, where it is known.
         position: the how-manyth of these layers it is in.
+        text_width: width of the LLM's word embeddings, which some routers read.
     """
 
     def __init__(
@@ -259,6 +260,7 @@ class SparseMoE(nn.Module):
         num_layers: int,
         layout: MLPLayout | None = None,
         position: int = 0,
+        text_width: int | None = None,
     ):
         super().__init__()
         layout = find_layout(dense_mlp, "the dense MLP", layout)
@@ -275,7 +277,7 @@ class SparseMoE(nn.Module):
             # The host's decorator sets these two after __init__, per class; here they differ per instance.
             experts.has_gate, experts.has_bias = experts.is_gated, experts.is_biased
         self.experts = experts
-        self.router = Router(width, moe, position).to(self.experts.down_proj.device)
+        self.router = Router(width, moe, position, text_width).to(self.experts.down_proj.device)
         self.shared_expert: nn.Module | None = None
         if moe.num_shared_experts:
             shared_width = moe.shared_expert_intermediate_size or self.experts.intermediate_size

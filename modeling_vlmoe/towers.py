@@ -28,6 +28,7 @@ from .recorders import forget_recorders, make_recorders_picklable, register_reco
 from .router_losses import RouterLosses
 from .routers import Router
 from .sparse_moe import Experts, SparseMoE
+from .text_gate import TextGate
 
 LAYER_LISTS = (
     "layers",
@@ -190,7 +191,7 @@ def skip_pooling(tower: Any) -> None:
 
 def init_sparse_weights(module: nn.Module, std: float) -> None:
     """Initialises a router or a stack of experts; other modules are left alone."""
-    if isinstance(module, Router):
+    if isinstance(module, (Router, TextGate)):
         module.reset_parameters()
     elif isinstance(module, (DeltaExperts, Experts)):
         module.reset_parameters(std)
@@ -327,7 +328,11 @@ def sparse_tower_class(dense_class: Any) -> type:
 
 
 def make_sparse(
-    tower: PreTrainedModel, moe: Any, experts_implementation: str | None = None, copy: bool = False
+    tower: PreTrainedModel,
+    moe: Any,
+    experts_implementation: str | None = None,
+    copy: bool = False,
+    text_width: int | None = None,
 ) -> PreTrainedModel:
     """Turns a dense tower into its sparse class in place and swaps the MLPs of the chosen layers.
 
@@ -336,6 +341,7 @@ def make_sparse(
         moe: the part's resolved `MoEConfig`.
         experts_implementation: the requested kernel; None takes the host's default.
         copy: whether experts become copies of the dense MLP (expert init *copy*); else they are initialised anew.
+        text_width: width of the LLM's word embeddings, which some routers read.
 
     Returns:
         The tower.
@@ -351,7 +357,7 @@ def make_sparse(
     # A dense tower's configuration says "eager" by the time it is built, so the request is handed in.
     tower.config._experts_implementation_internal = tower.get_correct_experts_implementation(experts_implementation)
     for position, mlp in enumerate(mlps):
-        block = SparseMoE(tower.config, moe, mlp.module, len(mlps), mlp.layout, position)
+        block = SparseMoE(tower.config, moe, mlp.module, len(mlps), mlp.layout, position, text_width)
         if copy:
             if moe.num_shared_experts:
                 raise ValueError(

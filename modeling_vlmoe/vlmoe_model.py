@@ -13,9 +13,10 @@ from .blank_image import encode_nothing, needs_blank_image
 from .configuration_vlmoe import VLMoEConfig
 from .connector import VLMoEConnector
 from .fsdp_plan import wrap_vision_layers
-from .image_inputs import check_strategy, find_form, read_features, tower_arguments
+from .image_inputs import check_strategy, find_form, read_features, tokens_in_tower, tokens_of_images, tower_arguments
 from .model_outputs import VLMoEModelOutputWithPast
 from .modeling_in_place import HOME
+from .part_images import PartImages
 from .part_requests import context_kwargs
 from .parts import write_text_width
 from .pretrained import VLMoEPreTrainedModel
@@ -23,15 +24,16 @@ from .recorders import install_recorders
 from .router_losses import RouterContext
 from .routing import RoutedModel
 from .towers import make_sparse, num_prefix_tokens
+from .visible_text import with_visible_text
 
 
-def _build_tower(config: Any, moe: Any) -> PreTrainedModel:
+def _build_tower(config: Any, moe: Any, text_width: int) -> PreTrainedModel:
     """A tower from its configuration, sparse where the part has experts."""
     requested = config._experts_implementation
     # A dense class refuses a request for a kernel, which is meant for the parts that have experts.
     config._experts_implementation_internal = None
     tower = AutoModel.from_config(config)
-    return tower if moe is None else make_sparse(tower, moe, requested)
+    return tower if moe is None else make_sparse(tower, moe, requested, text_width=text_width)
 
 
 class VLMoEModel(RoutedModel, VLMoEPreTrainedModel):
@@ -51,9 +53,10 @@ class VLMoEModel(RoutedModel, VLMoEPreTrainedModel):
     def __init__(self, config: VLMoEConfig):
         config.check_experts()
         super().__init__(config)
-        self.vision_tower = _build_tower(config.vision_config, config.vision_moe)
+        text_width = config.text_config.hidden_size
+        self.vision_tower = _build_tower(config.vision_config, config.vision_moe, text_width)
         self.connector = VLMoEConnector(config)
-        self.language_model = _build_tower(config.text_config, config.text_moe)
+        self.language_model = _build_tower(config.text_config, config.text_moe, text_width)
         self.image_form = find_form(type(self.vision_tower))
         num_prefix = num_prefix_tokens(self.vision_tower)
         if config.vision_feature_select_strategy is None:
@@ -102,7 +105,7 @@ class VLMoEModel(RoutedModel, VLMoEPreTrainedModel):
             image_sizes: (images, 2), sizes in pixels, where it takes padded images (Pixtral).
             pixel_attention_mask: (images, most patches), where it takes padded patches (SigLIP2 NaFlex).
             spatial_shapes: (images, 2), sizes in patches, where it takes padded patches.
-            router_context: the context of the sparse layers in training.
+            router_context: the context of the sparse layers in training, or where routers read text.
 
         Returns:
             The ViT's hidden states and attentions, with `pooler_output` a list of one (tokens, text width) tensor per
@@ -141,6 +144,42 @@ class VLMoEModel(RoutedModel, VLMoEPreTrainedModel):
         if losses is not None:
             found["connector_router_losses"] = (losses,)
         return found
+
+    def context_of_images(
+        self,
+        context: RouterContext | None,
+        image_inputs: dict[str, Any],
+        mm_token_type_ids: Tensor | None,
+        attention_mask: Any,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> RouterContext | None:
+        """A pass' context with what routers read of its images and of the text around them.
+
+        Args:
+            context: the pass'; None where there was nothing to hand down.
+            image_inputs: what the image processor gave, by its names: `pixel_values`, and the images' sizes.
+            mm_token_type_ids: (batch, sequence), which marks the text that belongs to the images.
+
+        The other arguments are those of `forward`.
+
+        Raises:
+            ValueError: if a router reads text, and it is not marked.
+        """
+        form, vision = self.image_form, self.config.vision_config
+        sized = image_inputs["pixel_values" if form.sizes is None else form.sizes]
+        if sized is None:
+            return context  # `tower_arguments` says what is missing
+        counts = tokens_of_images(form, vision, image_inputs)
+        images = {
+            "vision": PartImages(len(sized), tokens_in_tower(form, vision, image_inputs)),
+            "connector": PartImages(len(sized), counts),
+        }
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        return with_visible_text(
+            self, context, images, counts, mm_token_type_ids, attention_mask, input_ids, inputs_embeds
+        )
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """Where the image tokens are, (batch, sequence, 1), checked against the number of image features.
@@ -207,7 +246,8 @@ class VLMoEModel(RoutedModel, VLMoEPreTrainedModel):
                 processor gives patches.
             attention_mask: (batch, sequence), 1 for real tokens.
             inputs_embeds: (batch, sequence, text width), in the place of `input_ids`.
-            mm_token_type_ids: (batch, sequence), 1 at image tokens; accepted because processors return it.
+            mm_token_type_ids: (batch, sequence), 1 at image tokens; 3 at the text that belongs to images, where a
+                router reads it (see visible_text.py).
             image_grid_thw: sizes of images, where the ViT takes such (see `get_image_features`); the same for
                 `image_sizes`, `spatial_shapes` and `pixel_attention_mask`.
             mm_encoder_outputs: images encoded beforehand, `{"image": ...}`, as `generate` does.
@@ -215,8 +255,8 @@ class VLMoEModel(RoutedModel, VLMoEPreTrainedModel):
             router_context: handed in by a head that watches its loss; made here otherwise.
 
         Raises:
-            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if images come twice, or if the
-                number of image tokens is not that of image features.
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if images come twice, if the
+                number of image tokens is not that of image features, or if a router reads text that is not marked.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -227,22 +267,28 @@ class VLMoEModel(RoutedModel, VLMoEPreTrainedModel):
             output_router_logits = bool(getattr(self.config.text_config, "output_router_logits", False))
         if router_context is None:
             router_context = self.router_context(attention_mask, input_ids=input_ids, inputs_embeds=inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
+            image_inputs = {
+                "pixel_values": pixel_values,
+                "image_grid_thw": image_grid_thw,
+                "image_sizes": image_sizes,
+                "pixel_attention_mask": pixel_attention_mask,
+                "spatial_shapes": spatial_shapes,
+            }
+            router_context = self.context_of_images(
+                router_context, image_inputs, mm_token_type_ids, attention_mask, input_ids, inputs_embeds
+            )
             image = self.get_image_features(
-                pixel_values,
+                **image_inputs,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
-                image_grid_thw=image_grid_thw,
-                image_sizes=image_sizes,
-                pixel_attention_mask=pixel_attention_mask,
-                spatial_shapes=spatial_shapes,
                 router_context=router_context,
                 output_router_logits=output_router_logits,
                 return_dict=True,
             )
         nothing = encode_nothing(self) if image is None and needs_blank_image(self, past_key_values) else None
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
         image_features = None
         if image is not None:
             inputs_embeds, image_features = self._insert_images(input_ids, inputs_embeds, image["pooler_output"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import variable_images
+from tests.modeling_vlmoe.text_gates import GATE
 from tests.models import EXPERTS, sparse_model
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
@@ -78,3 +79,15 @@ def test_batches_with_and_without_images_of_any_size_side_by_side(tmp_path):
         variable_images.processor(family).save_pretrained(tmp_path / family)
     said = run(ANY_SIZE, *(tmp_path / family for family in variable_images.TOWERS))
     assert all(f"{family} is right" in said for family in variable_images.TOWERS)
+
+
+@pytest.mark.slow
+def test_text_gates_with_and_without_images_side_by_side(tmp_path):
+    for family in variable_images.SPARSE_TOWERS[:2]:
+        parts = {"vision_moe": GATE, "connector_moe": GATE}
+        variable_images.sparse_model(family, **parts).save_pretrained(tmp_path / family)
+        processor = variable_images.processor(family)
+        processor.marks_visible_text = True
+        processor.save_pretrained(tmp_path / family)
+    said = run(ANY_SIZE, *(tmp_path / family for family in variable_images.SPARSE_TOWERS[:2]))
+    assert all(f"{family} is right" in said for family in variable_images.SPARSE_TOWERS[:2])
