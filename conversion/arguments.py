@@ -1,18 +1,22 @@
 """What `vlmoe upcycle` can be told: one dataclass, filled from flags, from a YAML recipe, or in Python."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from .part_arguments import read_counts, read_fields
 
-def option(help: str, default: Any = None) -> Any:
-    """A field with the help text that the command shows."""
-    return field(default=default, metadata={"help": help})
+
+def option(help: str, default: Any = None, flag: type | None = None) -> Any:
+    """A field with the help text that the command shows; `flag` is what it reads, where the field takes more types."""
+    return field(default=default, metadata={"help": help, "flag": flag})
 
 
 NATIVE = "native"
 FORMATS = ("vlmoe", NATIVE)
 STRATEGIES = ("default", "full")
+CONTAINERS = re.compile(r"\w+\[[^]]*\]")  # of an annotation: list[int]
 MOST_LAYERS = 10_000  # a layer beyond it is a slip of the keyboard, and a range up to it would fill the memory
 
 
@@ -39,19 +43,26 @@ class UpcycleArguments:
     )
     text_top_k: int | None = option("Experts each token of the LLM is sent to; not given: 2.")
     text_layers: str | None = option("Sparse layers of the LLM; not given: all.")
-    vision_experts: int | None = option("Experts per sparse layer of the ViT; not given: the ViT stays dense.")
+    text_router: str | None = option("Router of the LLM's experts: softmax or sigmoid; not given: softmax.")
+    text_moe: dict[str, Any] | str | None = option(  # noqa: RUF009 (it is a field)
+        "Any other fields of the LLM's MoEConfig: a mapping in a recipe, `field: value, field: value` as a flag.",
+        flag=str,
+    )
+    vision_experts: int | list[int] | str | None = option(  # noqa: RUF009 (it is a field)
+        "Experts per sparse layer of the ViT, one number or one for each, like 4,8,8; not given: the ViT stays dense.",
+        flag=str,
+    )
     vision_top_k: int | None = option("Experts each token of the ViT is sent to; not given: 2.")
     vision_layers: str | None = option(
         "Sparse layers of the ViT; not given: the upper half of those the connector reads."
     )
-    vision_router: str | None = option(
-        "Router of the ViT's experts: softmax, sigmoid, or attention (which reads the text beside the image); not "
-        "given: softmax."
-    )
+    vision_router: str | None = option("Router of the ViT's experts, as of the LLM's; or expert_choice, attention.")
+    vision_moe: dict[str, Any] | str | None = option("As --text-moe, of the ViT's.", flag=str)  # noqa: RUF009
     connector_experts: int | None = option("Experts of the connector; not given: it stays dense.")
     dense: bool = option("No part gets experts: a dense model, to be tuned and upcycled by --vlm-model.", False)
     connector_top_k: int | None = option("Experts each image token is sent to in the connector; not given: 2.")
-    connector_router: str | None = option("Router of the connector's experts, likewise.")
+    connector_router: str | None = option("Router of the connector's experts, as of the ViT's.")
+    connector_moe: dict[str, Any] | str | None = option("As --text-moe, of the connector's.", flag=str)  # noqa: RUF009
     vision_feature_layer: int | list[int] | None = option(  # noqa: RUF009 (it is a field)
         "Hidden state of the ViT that the connector reads (a recipe may list several); not given: -2, the last "
         "layer's input, or -1 where the ViT merges patches behind its last layer."
@@ -86,6 +97,9 @@ class UpcycleArguments:
         check_strategy(self.vision_feature_select_strategy)
         for name in ("text_layers", "vision_layers"):
             parse_layers(getattr(self, name), name)
+        self.vision_experts = read_counts(self.vision_experts, "vision_experts")
+        for name in ("text_moe", "vision_moe", "connector_moe"):
+            read_fields(getattr(self, name), name)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str) -> "UpcycleArguments":
@@ -117,11 +131,15 @@ def check_type(name: str, value: Any, default: Any, annotation: Any, origin: str
         return
     if "list[int]" in annotation and isinstance(value, list) and all(type(item) is int for item in value):
         return
-    wanted = next(kind for kind in (bool, int, str) if kind.__name__ in annotation)
-    is_optional = default is None or default is MISSING
-    if (value is None and is_optional) or type(value) is wanted:
+    if "dict[" in annotation and isinstance(value, dict):
         return
-    raise ValueError(f"{origin}: {name} is {value!r}; expected {'yes or no' if wanted is bool else wanted.__name__}.")
+    plain = CONTAINERS.sub("", annotation)
+    wanted = [kind for kind in (bool, int, str) if kind.__name__ in plain]
+    is_optional = default is None or default is MISSING
+    if (value is None and is_optional) or type(value) in wanted:
+        return
+    expected = " or ".join("yes or no" if kind is bool else kind.__name__ for kind in wanted)
+    raise ValueError(f"{origin}: {name} is {value!r}; expected {expected}.")
 
 
 def parse_layers(given: str | int | Iterable[int] | None, name: str) -> list[int] | None:

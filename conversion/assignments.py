@@ -12,8 +12,8 @@ from .streaming import TensorSpec
 # Parts of the names of tensors.
 EXPERTS, ROUTER = ".experts.", ".router."
 DELTAS = "deltas."
-# How the tensors of a text gate in a router are made that are not drawn as the router is.
-GATE_OPERATIONS = {"text_gate.queries": "queries", "text_gate.readout": "zeros"}
+# How the tensors of a text gate in a router are made that are not drawn as the router is, and an expert bias.
+ROUTER_OPERATIONS = {"text_gate.queries": "queries", "text_gate.readout": "zeros", "expert_bias": "zeros"}
 # Operations that make something per expert, of which a token uses some.
 STACKED = ("experts", "stack", "expert", "pair a", "pair b", "sum", "best a", "best b")
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration
+from modeling_vlmoe.expert_choice import with_counts
 from modeling_vlmoe.image_inputs import find_form, read_features, tower_arguments
 from modeling_vlmoe.parts_config import feature_layers
+from modeling_vlmoe.sparse_moe import SparseMoE
 
 from .dense_tensors import dense_model
 from .gaps import LIMIT, ProofError, measure_gap, nudge
@@ -120,8 +122,13 @@ def image_results(
     found["vision last hidden state"] = outputs.last_hidden_state
     if outputs.get("pooler_output") is not None:
         found["vision pooled output"] = outputs.pooler_output
-    features, _ = read_features(outputs, config, form, images)
-    found["image features"] = connector.mlp(features)
+    features, counts = read_features(outputs, config, form, images)
+    block = connector.mlp
+    if isinstance(block, SparseMoE):
+        block.context = with_counts(block.context, counts, block.router.moe)
+    found["image features"] = block(features)
+    if isinstance(block, SparseMoE):
+        block.context = None
     return found
 
 

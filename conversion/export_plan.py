@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, VLMoEProcessor
 from modeling_vlmoe.delta_experts import refuse_delta_config
+from modeling_vlmoe.expert_choice import chooses_tokens
 from modeling_vlmoe.mlp_layouts import find_layout, is_biased
 from modeling_vlmoe.text_head import head_maths
 from modeling_vlmoe.towers import find_dense_mlp
@@ -189,6 +190,10 @@ def obstacles(moe: Any, are_equal: bool, is_as_wide: bool) -> tuple[str, ...]:
         "are no longer copies of one another": not are_equal,
         "are not as wide as the dense MLP": not is_as_wide,
         "have weights that do not sum to one (norm_topk_prob is False)": not moe.norm_topk_prob,
+        f"have weights that are multiplied (routed_scaling_factor is {moe.routed_scaling_factor})": (
+            moe.routed_scaling_factor != 1.0
+        ),
+        f"choose tokens (router_type is {moe.router_type!r}), and leave some out": chooses_tokens(moe),
         "have a shared expert beside them": bool(moe.num_shared_experts),
     }
     return tuple(reason for reason, is_one in found.items() if is_one)

@@ -70,11 +70,16 @@ class Findings:
     Attributes:
         judged: What decides whether there is a checkpoint.
         informative: What only helps people: where a difference begins, what a cast costs.
+        lossy: What was proved with weights that sum to one, and is apart from the dense results by the routing that
+            was asked for (see lossy_routing.py).
+        scales: For parts whose weights are raw: the measured `routed_scaling_factor` of each sparse layer.
         claim: What a gap that is too large means, for the message.
     """
 
     judged: dict[str, Gap] = field(default_factory=dict)
     informative: dict[str, float] = field(default_factory=dict)
+    lossy: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, list[float]] = field(default_factory=dict)
     claim: str = field(default=DENSE_CLAIM, repr=False, compare=False)
 
     @property

@@ -47,7 +47,8 @@ class InPlacePlan(UpcyclePlan):
 
     @property
     def remarks(self) -> list[str]:
-        return [f"stays dense: {', '.join(self.dense_vits)}, beside the ViT with experts"] if self.dense_vits else []
+        dense = [f"stays dense: {', '.join(self.dense_vits)}, beside the ViT with experts"] if self.dense_vits else []
+        return super().remarks + dense
 
     def write_processor(self, folder: Path) -> None:
         """The host's processor, untouched, but for names of classes that transformers would not find by our type."""

@@ -12,6 +12,7 @@ It is data: a list of `Assignment`s, which is printed by `--dry-run`, written by
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ from modeling_vlmoe.towers import find_dense_mlp
 from .assignments import (
     DELTAS,
     EXPERTS,
-    GATE_OPERATIONS,
     ROUTER,
+    ROUTER_OPERATIONS,
     Assignment,
     DenseTensor,
     Drawing,
@@ -152,8 +153,9 @@ def sparse_mlps(dense: PreTrainedModel, sparse: PreTrainedModel) -> dict[str, Sp
     found: dict[str, SparseMLP] = {}
 
     def add(path: str, layout: MLPLayout, mlp: nn.Module, moe, source: str) -> None:
-        shared = shared_names(mlp, layout, sparse.get_submodule(f"{path}.experts"))
-        experts = moe.num_experts, moe.num_experts_per_tok
+        made: Any = sparse.get_submodule(f"{path}.experts")
+        shared = shared_names(mlp, layout, made)
+        experts = made.num_experts, moe.num_experts_per_tok
         found[path] = SparseMLP(path, layout, is_biased(mlp, layout), *experts, source, shared)
 
     for part, (where, tower) in find_towers(dense).items():
@@ -226,7 +228,7 @@ def assign(
     mark = next((mark for mark in (EXPERTS, ROUTER) if name.rpartition(mark)[0] in mlps), None)
     if mark == ROUTER:
         mlp, parameter = mlps[name.rpartition(mark)[0]], name.rpartition(mark)[2]
-        operation = GATE_OPERATIONS.get(parameter, "router")
+        operation = ROUTER_OPERATIONS.get(parameter, "router")
         return Assignment(TensorSpec(name, torch.float32, shape), operation, (), (), mlp.num_experts, mlp.num_active)
     if mark == EXPERTS:
         mlp, parameter = mlps[name.rpartition(mark)[0]], name.rpartition(mark)[2]

@@ -41,6 +41,7 @@ class ImportPlan(UpcyclePlan):
     """What an import decides; its parents are sparse already."""
 
     claim = "The imported model is not its parents"
+    is_lossy = False  # experts are routed as their parents route them
 
 
 def import_native(args: ImportArguments) -> Path:

@@ -171,12 +171,23 @@ def attention_obstacles(pair: Pair, text: PreTrainedConfig) -> list[str]:
     return found
 
 
+# Fields of a `MoEConfig` that change what is computed, and the values by which these families compute.
+COMPUTED: dict[str, tuple[Any, ...]] = {
+    "router_type": ("softmax",),
+    "routed_scaling_factor": (1.0,),
+    "use_expert_bias": (False,),
+    "router_logit_norm": (None,),
+    "modality_routing": ("shared", "per_modality_balance"),  # the latter is a loss
+    "expert_type": ("full",),
+}
+
+
 def expert_obstacles(pair: Pair, config: Any) -> list[str]:
     """What of the routers and experts the sparse family lacks; a dense layer may become equal experts."""
     moe, sparse, found = config.text_moe, pair.sparse, []
-    for name, known in (("router_type", "softmax"), ("expert_type", "full")):
-        if (value := getattr(moe, name)) != known:
-            found.append(f"{name} is {value!r} ({known!r} is all it has)")
+    for name, known in COMPUTED.items():
+        if (value := getattr(moe, name)) not in known:
+            found.append(f"{name} is {value!r} ({known[0]!r} is all it has)")
     if not moe.norm_topk_prob and not sparse.has_norm_topk:
         found.append("norm_topk_prob is False (its weights are always renormalised)")
     if moe.num_shared_experts and not sparse.has_shared_expert:

@@ -14,6 +14,7 @@ from .block_probes import BlockProbe
 from .casts import find_casts
 from .dense_runs import DenseRun, parent_of
 from .gaps import LIMIT, Findings, ProofError, measure_gap
+from .lossy_routing import WeightSums, make_exact
 from .mapped_maths import mapped_maths
 from .parents import BROKEN
 from .plans import UpcyclePlan
@@ -42,6 +43,10 @@ class PartProof:
         check_weights(plan.mapping, plan.drawing, reader, repeated)
         self.sparse: Any = open_model(plan, folder, reader, repeated)
         self.pages = expert_pages(plan, reader, self.sparse)
+        self.real: Any = None  # with the routing that was asked for, where that is lossy
+        if plan.is_lossy:
+            self.real = open_model(plan, folder, reader, repeated)
+            make_exact(self.sparse)
         self.findings = Findings(claim=plan.claim)
         self.rounded = {cast.parent for cast in find_casts(plan) if not cast.is_exact}
 
@@ -111,6 +116,24 @@ class PartProof:
             for what, stored in make_dense(None)().items():
                 gap = measure_gap(stored, got[what])
                 self.findings.informative[f"{what}, against the parent as it is stored"] = gap
+        if self.real is not None:
+            self._measure_routing(wanted, run_sparse)
+
+    def _measure_routing(self, wanted: dict[str, Tensor], run_sparse: Callable[[], dict[str, Tensor]]) -> None:
+        """Measures the scales of raw weights, and how far the routing that was asked for is from the dense results."""
+        sums = WeightSums(self.sparse, self.real)
+        exact = self.sparse
+        with mapped_maths():
+            with sums.noting():
+                run_sparse()
+            self.findings.scales |= sums.apply()
+            try:
+                self.sparse = self.real
+                got = run_sparse()
+            finally:
+                self.sparse = exact
+        for what, dense_result in wanted.items():
+            self.findings.lossy[what] = measure_gap(dense_result, got[what])
 
     def _first_astray(self, probes: list[Probe]) -> str:
         """The first MLP that is given something else than its dense one, for messages."""

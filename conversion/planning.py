@@ -25,12 +25,12 @@ from .mapping import PART_PREFIX, map_tensors, sparse_mlps
 from .meta_models import build_on_meta, target_shapes
 from .native_tensors import find_native_tensors
 from .parents import Parent, open_parents
+from .part_arguments import FLAGS, read_fields
 from .plans import UpcyclePlan, choose_drawing, choose_dtype, load_generation
 from .processors import build_processor
 
 DEFAULT_TEXT_EXPERTS = 8
 # What the flags of a part are called, by the field that each sets.
-OPTION_NAMES = {"num_experts_per_tok": "top-k", "layers": "layers", "router_type": "router"}
 
 
 def expert_kind(args: UpcycleArguments) -> dict[str, Any]:
@@ -64,15 +64,15 @@ def asked_experts(args: UpcycleArguments) -> dict[str, dict[str, Any]]:
     asked, kind = {}, expert_kind(args)
     for part, count in counts.items():
         options = {"num_experts_per_tok": getattr(args, f"{part}_top_k")}
-        if part != "text":
-            options["router_type"] = getattr(args, f"{part}_router")
         if part != "connector":
             options["layers"] = parse_layers(getattr(args, f"{part}_layers"), f"{part}_layers")
+        options["router_type"] = getattr(args, f"{part}_router")
         given = {name: value for name, value in options.items() if value is not None}
+        more = read_fields(getattr(args, f"{part}_moe"), f"{part}_moe")
         if count is not None:
-            asked[part] = {"num_experts": count} | kind | given
-        elif given:
-            flag = f"--{part}-{OPTION_NAMES[next(iter(given))]}"
+            asked[part] = {"num_experts": count} | kind | given | more
+        elif given or more:
+            flag = FLAGS[next(iter(given))].format(part=part) if given else f"--{part}-moe"
             raise ValueError(f"{flag} is given, but this part stays dense; give --{part}-experts too.")
     return asked
 

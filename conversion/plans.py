@@ -13,6 +13,7 @@ from .assignments import DenseTensor, Drawing
 from .dense_tensors import DenseTensors
 from .expert_init import EXPERT_INITS
 from .gaps import DENSE_CLAIM
+from .lossy_routing import describe_lossy, lossy_parts
 from .mapping import Mapping, SparseMLP
 from .parents import BROKEN, Parent
 from .router_init import ROUTER_INITS
@@ -59,9 +60,14 @@ class UpcyclePlan:
     dtype: torch.dtype
 
     @property
+    def is_lossy(self) -> bool:
+        """Whether copies of the dense MLPs are routed so that they compute something else."""
+        return bool(lossy_parts(self.config))
+
+    @property
     def remarks(self) -> list[str]:
         """What people are told of the plan beside what becomes of which tensor."""
-        return []
+        return describe_lossy(self.config)
 
     def write_processor(self, folder: Path) -> None:
         """Writes the processor into the checkpoint."""

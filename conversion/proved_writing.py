@@ -36,6 +36,14 @@ def write_companions(plan: UpcyclePlan, folder: Path) -> None:
             shutil.copyfile(parent.folder / HISTORY_NAME, folder / HISTORY_NAME)
 
 
+def write_scales(plan: UpcyclePlan, scales: dict[str, list[float]], folder: Path) -> None:
+    """Writes the scales that were measured into the configuration."""
+    for part, factors in scales.items():
+        plan.config.moe(part).routed_scaling_factor = factors
+    if scales:
+        plan.config.save_pretrained(folder)
+
+
 def write_proved(plan: UpcyclePlan, output: Path, force: bool) -> Path:
     """Writes what a plan says, proves it, and moves it into place.
 
@@ -58,6 +66,7 @@ def write_proved(plan: UpcyclePlan, output: Path, force: bool) -> Path:
             raise
         logger.info("Running the written files against the parents.")
         gaps = prove(plan, folder, reads_all=False)
+        write_scales(plan, gaps.scales, folder)
         small = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in file_hashes]
         file_hashes |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in small}
         write_receipt(folder, build_receipt(plan, gaps, dict(sorted(file_hashes.items())), fingerprint(folder)))

@@ -87,6 +87,7 @@ def describe_proof(findings: Findings) -> dict[str, Any]:
         "largest_gap_limit": findings.largest.limit,
         "gaps": gaps,
         "informative": findings.informative,
+        **({"lossy": findings.lossy} if findings.lossy else {}),
     }
 
 

@@ -185,7 +185,7 @@ def map_rewritten(tensors: DenseTensors, sparse: Any, kind: str, dtype: torch.dt
 def expert_counts(sparse: Any) -> dict[str, tuple[int, int]]:
     """How many experts each sparse block has, and how many of them a token uses, by its path."""
     return {
-        path: (block.router.moe.num_experts, block.router.moe.num_experts_per_tok)
+        path: (block.experts.num_experts, block.router.moe.num_experts_per_tok)
         for path, block in sparse_blocks(sparse)
     }
 

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modeling_vlmoe.towers import sparse_blocks
+
 from .assignments import DELTAS, EXPERTS
 from .block_probes import BlockProbe
 from .dense_tensors import map_sparse
 from .gaps import Findings, measure_gap
+from .lossy_routing import let_tokens_choose
 from .probes import all_of
 from .rewrite_plan import CLAIM, RewritePlan
 from .seeding import tensor_generator
@@ -67,6 +70,14 @@ class Rewriting:
         if cast:
             self.source = map_sparse(self.plan.tensors, read)
 
+    def _let_tokens_choose(self) -> None:
+        """Where experts choose tokens, rows that a probe adds would change what they choose; it is the experts that
+        are to be proved.
+        """
+        for model in (self.source, self.written):
+            for _, block in sparse_blocks(model):
+                let_tokens_choose(block)
+
     def _probe(self, path: str, dtype: torch.dtype) -> BlockProbe:
         """One for a block, whose delta experts are summed from here on, and rounded to a dtype."""
         block = self.source.get_submodule(path)
@@ -80,8 +91,10 @@ class Rewriting:
         Raises:
             ProofError: naming what differs.
         """
+        self._let_tokens_choose()
         unrounded = self.results(self.source)
         self._take_rounded()
+        self._let_tokens_choose()
         dtypes = {one.spec.name: one.spec.dtype for one in self.plan.mapping.assignments}
         probes = [self._probe(path, dtypes[f"{path}{EXPERTS}down_proj"]) for path in self.plan.rewritten]
         with all_of([probe.noting() for probe in probes]):

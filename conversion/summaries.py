@@ -16,12 +16,12 @@ def format_bytes(count: int) -> str:
 
 def summarise(mapping: Mapping, draws_connector: bool = False) -> str:
     """What would be written, for people: like tensors of all layers in one line."""
-    groups: dict[tuple[str, str], list] = {}
+    groups: dict[tuple, list] = {}
     for assignment in mapping.assignments:
         name = ".".join("*" if piece.isdigit() else piece for piece in assignment.spec.name.split("."))
-        groups.setdefault((name, assignment.operation), []).append(assignment)
+        groups.setdefault((name, assignment.operation, assignment.spec.shape), []).append(assignment)
     lines = []
-    for (name, operation), members in groups.items():
+    for (name, operation, _), members in groups.items():
         first = members[0]
         sources = f" of {' + '.join(first.dense_names)}" if first.dense_names else ""
         times = f"{len(members)} x " if len(members) > 1 else ""

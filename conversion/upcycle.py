@@ -16,6 +16,7 @@ from modeling_vlmoe.delta_experts import refuse_delta_config
 from .arguments import NATIVE, UpcycleArguments
 from .export import open_checkpoint, write_export
 from .export_plan import check_features, check_head, check_no_text_gate, native_text_config
+from .lossy_routing import describe_lossy
 from .meta_models import build_on_meta
 from .native_arguments import ExportArguments
 from .output_folder import check_output_folder, check_parents_survive
@@ -62,6 +63,11 @@ def check_native(plan: UpcyclePlan) -> PreTrainedConfig:
         ValueError: as `export`.
     """
     refuse_delta_config(plan.config, "--format native")
+    if plan.is_lossy:
+        raise ValueError(
+            f"--format native cannot be written: {describe_lossy(plan.config)[0]}. Leave --format out; see `vlmoe "
+            "export`."
+        )
     model = build_on_meta(lambda: VLMoEForConditionalGeneration(plan.config))  # resolves what is left open
     check_no_text_gate(plan.config)
     check_head(plan.config)

@@ -49,15 +49,16 @@ class Proof(PartProof):
 
     def prove_images(self, images: dict[str, Tensor]) -> Tensor:
         """What ViT and connector make of pictures; gives their sparse features, (1, tokens, text width)."""
-        body, layers = self.sparse.model, feature_layers(self.plan.config)
-        got: dict[str, Tensor] = {}
+        layers = feature_layers(self.plan.config)
+        got: list[dict[str, Tensor]] = []
 
         def results() -> dict[str, Tensor]:
-            got.update(image_results(body.vision_tower, body.connector, images, self.sparse.config, layers))
-            return got
+            body = self.sparse.model
+            got.append(image_results(body.vision_tower, body.connector, images, self.sparse.config, layers))
+            return got[-1]
 
         self.compare("vision", lambda dtype: dense_images(self.plan, images, dtype), results)
-        return got["image features"]
+        return got[0]["image features"]
 
     def check_placeholders(self, picture_ids: Tensor, num_features: int) -> None:
         """A picture takes as many tokens as it has features.

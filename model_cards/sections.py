@@ -49,7 +49,9 @@ def experts(moe: Mapping[str, Any] | None) -> str:
     if moe is None:
         return "dense"
     kind = f" that share a base, each with pairs of rank {moe['expert_rank']}" if moe.get("expert_rank") else ""
-    return f"{moe['num_experts']} experts{kind}{which_layers(moe.get('layers'))}, top-{moe['num_experts_per_tok']}"
+    numbers = moe["num_experts"]
+    number = ", ".join(map(str, numbers)) if isinstance(numbers, list) else numbers
+    return f"{number} experts{kind}{which_layers(moe.get('layers'))}, top-{moe['num_experts_per_tok']}"
 
 
 def describe_tower(config: Any) -> str:
@@ -192,6 +194,11 @@ def describe_upcycling(facts: CardFacts) -> str:
         lines.append(
             f"- largest gap to the parents {proof['largest_gap']:.1e} standard deviations "
             f"(limit {proof['largest_gap_limit']:.1e}), measured on the files as they were written"
+        )
+    if lossy := proof.get("lossy"):
+        lines.append(
+            f"- that is with routing weights that sum to one; the routing as it is moves results by up to "
+            f"{max(lossy.values()):.1e} standard deviations"
         )
     if rounded := [cast for cast in settings.get("casts") or [] if not cast["is_exact"]]:
         lines += [

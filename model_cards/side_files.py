@@ -30,7 +30,7 @@ NUMBER = int | float
 LICENCE: dict[str, Any] = {"license": str, "license_name?": str, "license_link?": str}
 PARENT: dict[str, Any] = {"name": str, "hub_id?": str, "revision?": str, "license?": LICENCE, "model_type?": str}
 PARENT["parents?"] = Named(PARENT)
-MOE: dict[str, Any] = {"num_experts": int, "num_experts_per_tok": int, "layers?": [int]}
+MOE: dict[str, Any] = {"num_experts": int | list, "num_experts_per_tok": int, "layers?": [int]}
 CAST: dict[str, Any] = {"parent": str, "source": str, "target": str, "is_exact": bool}
 CONVERSION: dict[str, Any] = {"text_moe?": MOE, "vision_moe?": MOE, "connector_moe?": MOE, "casts?": [CAST]}
 CONVERSION |= {"expert_init": str, "router_init": str, "dtype": str, "num_image_tokens?": int}
@@ -39,7 +39,7 @@ RECEIPT: dict[str, Any] = {
     "settings?": CONVERSION,
     "seed?": int,
     "parameters?": {"total": int, "active": int},
-    "proof?": {"largest_gap?": NUMBER, "largest_gap_limit?": NUMBER},
+    "proof?": {"largest_gap?": NUMBER, "largest_gap_limit?": NUMBER, "lossy?": Named(NUMBER)},
     "versions?": Named(str),
     "weights?": str,
 }

@@ -69,7 +69,7 @@ def flag_parameters(settings: type) -> list[inspect.Parameter]:
     parameters = []
     for item in fields(settings):
         flag = item.name.replace("_", "-")
-        kind = next(kind for name, kind in FLAG_TYPES.items() if name in str(item.type))
+        kind = item.metadata.get("flag") or next(kind for name, kind in FLAG_TYPES.items() if name in str(item.type))
         names = [f"--{flag}/--no-{flag}"] if kind is bool else [f"--{flag}"]
         default = "" if item.default is None or kind is bool else f" [default: {item.default}]"
         option: Any = typer.Option(*names, help=item.metadata["help"] + default, show_default=False)
@@ -204,6 +204,14 @@ def run_rewrite(kind: str, args: Any) -> None:
     typer.echo(describe_rewrite(getattr(conversion, kind)(args)))
 
 
+def describe_lossy(proof: dict[str, Any]) -> str:
+    """What a routing by which copies of the dense MLPs compute something else does."""
+    if not (lossy := proof.get("lossy")):
+        return ""
+    gap = max(lossy.values())
+    return f"that is with routing weights that sum to one; as asked for, results move by up to {gap:.1e}\n"
+
+
 def describe_result(output: Any) -> str:
     """What was written, in a few lines."""
     import json
@@ -224,6 +232,7 @@ def describe_result(output: Any) -> str:
         f"{output}: {parameters['total']:,} parameters, {parameters['active']:,} active per token\n"
         f"proved equal to its parents{', as rounded' if rounded else ''}: largest gap {proof['largest_gap']:.1e} "
         f"standard deviations (limit {proof['largest_gap_limit']:.1e})\n"
+        f"{describe_lossy(proof)}"
         f"{''.join(rounded)}{f'not proved: {missing}{chr(10)}' if missing else ''}"
         f"{f'stays dense: {dense}{chr(10)}' if dense else ''}receipt: {RECEIPT_NAME}"
     )

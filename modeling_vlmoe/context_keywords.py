@@ -14,6 +14,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .part_requests import CONTEXT
 from .router_losses import RouterContext, RouterLosses
+from .tower_images import context_of_tower
 
 # What a tower gives beside its own outputs, and where it stands in what `RouterLosses` gives.
 RECORDED = {"router_logits": 0, "router_losses": 2}
@@ -120,7 +121,9 @@ def run_sparse_tower(tower: Any, dense_forward: Any, *args: Any, **kwargs: Any) 
 
 def _run(tower: Any, dense_forward: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, tuple[Any, ...]]]:
     """The tower's outputs, and what was recorded where the host's recorder does not do it."""
-    context, names = kwargs.get(CONTEXT), []
+    context, names = context_of_tower(tower, kwargs.get(CONTEXT), args, kwargs), []
+    if context is not None:
+        kwargs[CONTEXT] = context
     if not tower._is_recorded:
         names = [name for name in RECORDED if kwargs.pop(f"output_{name}", False)]
     if not tower._takes_keywords:

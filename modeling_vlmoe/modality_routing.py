@@ -38,10 +38,47 @@ def is_pooled(moe: Any) -> bool:
 
 def num_open(moe: Any, modality: str) -> int:
     """How many experts are open to the tokens of "image" or "text"."""
+    return len(open_to(moe, modality))
+
+
+def open_to(moe: Any, modality: str) -> list[int]:
+    """The experts that are open to the tokens of "image" or "text", counted from 0."""
+    experts = list(range(moe.num_experts))
     if not is_pooled(moe):
-        return moe.num_experts
-    own = moe.modality_experts[MODALITIES.index(modality)]
-    return own + moe.modality_experts[2]
+        return experts
+    images, text, _ = moe.modality_experts
+    return experts[:images] + experts[images + text :] if modality == "image" else experts[images:]
+
+
+def image_flags(moe: Any, context: Any, x_TD: Tensor) -> Tensor | None:
+    """Which of these tokens, (T, ...), are of images, (T,); None where nothing asks for it, or nobody has said.
+
+    Raises:
+        ValueError: if it is known of another number of tokens.
+    """
+    if moe.modality_routing == "shared" or context is None or (is_image_T := context.is_image_token()) is None:
+        return None
+    if len(is_image_T) != len(x_TD):
+        raise ValueError(
+            f"modality_routing is {moe.modality_routing!r}, but the LLM reads {len(x_TD)} tokens where the model was "
+            f"given {len(is_image_T)}, so that its router cannot tell which of them are of images. Expected one for "
+            'each; choose modality_routing "shared" for this model.'
+        )
+    return is_image_T.to(x_TD.device)  # layers may be spread over several
+
+
+def bar_closed(moe: Any, score_TE: Tensor, logits_TE: Tensor) -> Tensor:
+    """Scores by which a closed expert is never chosen: where an open one's score is 0 too, in float32, or a bias is
+    added, the closed one's 0 would not be enough.
+
+    Args:
+        moe: the part's `MoEConfig`.
+        score_TE: what experts are chosen by, (T, E).
+        logits_TE: the router's, in which a closed expert has the lowest number, (T, E).
+    """
+    if not is_pooled(moe):
+        return score_TE
+    return score_TE.masked_fill(logits_TE == torch.finfo(logits_TE.dtype).min, float("-inf"))
 
 
 def open_experts(moe: Any, logits_TE: Tensor, is_image_T: Tensor | None) -> Tensor | None:
@@ -60,12 +97,12 @@ def open_experts(moe: Any, logits_TE: Tensor, is_image_T: Tensor | None) -> Tens
     if is_image_T is None:
         raise ValueError(
             f"modality_routing is {moe.modality_routing!r}, but the router was not told which tokens are of images. "
-            "Call the whole vision-language model, not its language model alone."
+            "Use the whole vision-language model, not its language model alone."
         )
-    of_images, of_text, _ = moe.modality_experts
+    images, text, _ = moe.modality_experts
     expert_E = torch.arange(logits_TE.shape[1], device=logits_TE.device)
-    closed_to_text = expert_E < of_images
-    closed_to_images = (expert_E >= of_images) & (expert_E < of_images + of_text)
+    closed_to_text = expert_E < images
+    closed_to_images = (expert_E >= images) & (expert_E < images + text)
     return ~torch.where(is_image_T[:, None], closed_to_images, closed_to_text)
 
 

@@ -29,6 +29,7 @@ from .parts import find_connector, find_towers, has_layers, write_text_width
 from .parts_config import AUTO_MAP
 from .recorders import install_recorders, make_recorders_picklable
 from .routed_pass import run_routed
+from .routers import ROUTER_WEIGHTS
 from .routing import RoutedModel
 from .sparse_moe import SparseMoE
 from .towers import (
@@ -213,11 +214,7 @@ def sparse_model_class(dense_class: Any) -> Any:
         "config_class": sparse_config_class(dense_class.config_class),
         "is_built": False,
         "takes_marks": MARKS in names,
-        "_keep_in_fp32_modules_strict": [
-            *(dense_class._keep_in_fp32_modules_strict or []),
-            "router.weight",
-            "router.text_gate",
-        ],
+        "_keep_in_fp32_modules_strict": [*(dense_class._keep_in_fp32_modules_strict or []), *ROUTER_WEIGHTS],
         # The host answers these two by searching the source file of the class.
         "_can_set_experts_implementation": classmethod(lambda cls: True),
         "_can_set_attn_implementation": classmethod(lambda cls: dense_class._can_set_attn_implementation()),

@@ -54,8 +54,9 @@ class MoEConfig:
             output is weighted by the sigmoid of a linear gate of its own.
         shared_expert_intermediate_size: width of the shared expert; None takes the experts'.
         router_type: "softmax" of a linear layer on the token; "sigmoid" of it (DeepSeek-V3, 2412.19437); for ViT and
-            connector "attention": the softmax, of logits to which a gate adds that attends to the text that belongs to
-            the image (see text_gate.py).
+            connector "expert_choice", where experts choose tokens by the softmax (see expert_choice.py), and
+            "attention": the softmax, of logits to which a gate adds that attends to the text that belongs to the image
+            (see text_gate.py).
         router_text_size: width of that gate's queries, keys and values; None takes 64.
         routed_scaling_factor: what the routing weights are multiplied by; a list has one for each sparse layer.
             Without renormalisation, copies of the dense MLP compute s times what it computes: `vlmoe upcycle` measures
@@ -84,7 +85,7 @@ class MoEConfig:
     norm_topk_prob: bool = True
     num_shared_experts: int = 0
     shared_expert_intermediate_size: int | None = None
-    router_type: Literal["softmax", "sigmoid", "attention"] = "softmax"
+    router_type: Literal["softmax", "sigmoid", "expert_choice", "attention"] = "softmax"
     router_text_size: int | None = None
     routed_scaling_factor: float | list[float] = 1.0
     use_expert_bias: bool = False
@@ -208,6 +209,15 @@ def stated_fields(part: str, given: Any) -> dict[str, Any]:
     return {field.name: values[field.name] for field in fields(MoEConfig) if values[field.name] != field.default}
 
 
+def _as_typed(name: str, value: Any) -> Any:
+    """A whole number that stands for a fraction, as recipes write 1 for 1.0, as a fraction."""
+    if "float" not in str(MoEConfig.__annotations__[name]):
+        return value
+    if isinstance(value, list):
+        return [_as_typed(name, one) for one in value]
+    return float(value) if type(value) is int else value
+
+
 def complete_fields(part: str, values: dict[str, Any]) -> dict[str, Any]:
     """All fields of a part, their names and types checked.
 
@@ -218,7 +228,7 @@ def complete_fields(part: str, values: dict[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"{part}_moe has unknown fields {unknown}; expected some of: {', '.join(known)}.")
     try:
-        return MoEConfig(**values).to_dict()
+        return MoEConfig(**{name: _as_typed(name, value) for name, value in values.items()}).to_dict()
     except StrictDataclassError as error:
         raise ValueError(f"{part}_moe: {error}") from error
 

@@ -62,7 +62,7 @@ class PartImages:
             raise ValueError(
                 f"{num_tokens} tokens are routed, but there are {self.number} images"
                 f"{'' if counts is None else f' of {list(counts)} tokens'}, so it is not known which image a token is "
-                'of. Choose another ViT, or a router_type other than "attention".'
+                'of. Choose another ViT, or router_type "softmax".'
             )
         number = torch.tensor(counts, device=device)
         return torch.arange(self.number, device=device).repeat_interleave(number, output_size=num_tokens)

@@ -11,6 +11,7 @@ from .companions import hub_keywords
 from .configuration_in_place import BODY
 from .configuration_vlmoe import VLMoEConfig
 from .modeling_in_place import HOME, is_in_place, sparse_class_of
+from .routers import ROUTER_WEIGHTS
 from .towers import init_sparse_weights
 
 
@@ -35,7 +36,7 @@ class VLMoEPreTrainedModel(CheckpointFolder, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["router.weight", "router.text_gate"]
+    _keep_in_fp32_modules_strict = list(ROUTER_WEIGHTS)
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         if is_in_place(config):

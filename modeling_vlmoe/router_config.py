@@ -5,6 +5,7 @@ from typing import Any
 from .modality_routing import check_modality_routing
 
 DEFAULT_TEXT_SIZE = 64
+EXPERT_CHOICE = "expert_choice"
 
 
 def _check_positive(part: str, moe: dict[str, Any], name: str) -> None:
@@ -34,6 +35,21 @@ def _check_text_gate(part: str, moe: dict[str, Any]) -> None:
         raise ValueError(f"{part}_moe.router_text_size is {given}; expected 1 or more.")
 
 
+def _check_expert_choice(part: str, moe: dict[str, Any]) -> None:
+    if moe["router_type"] != EXPERT_CHOICE:
+        return
+    if part == "text":
+        raise ValueError(
+            f"text_moe.router_type is {EXPERT_CHOICE!r}, but there a later token can take an earlier one's place, "
+            'which is not causal. Choose "softmax" or "sigmoid" for the LLM; it is for vision_moe and connector_moe.'
+        )
+    if moe["use_expert_bias"]:
+        raise ValueError(
+            f"{part}_moe.use_expert_bias is set, but with router_type {EXPERT_CHOICE!r} experts get the same load "
+            "without it; leave it out."
+        )
+
+
 def check_routing(part: str, moe: dict[str, Any]) -> None:
     """Checks the router's fields, and fills in what follows from others.
 
@@ -48,6 +64,7 @@ def check_routing(part: str, moe: dict[str, Any]) -> None:
         _check_positive(part, moe, name)
     check_modality_routing(part, moe)
     _check_text_gate(part, moe)
+    _check_expert_choice(part, moe)
 
 
 def check_per_layer(part: str, moe: dict[str, Any]) -> None:

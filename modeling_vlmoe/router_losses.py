@@ -12,7 +12,8 @@ per token, p = softmax(router logits), F_i = assignments to expert i / (T K), P_
     balance = E sum_i F_i P_i                 (Switch Transformers, 2101.03961, eq. 4; 1 when routing is uniform)
     z       = mean of logsumexp(logits)^2     (ST-MoE, 2202.08906, eq. 5)
 
-Of sigmoid routers p is the sigmoids over their sum. Where modalities are balanced apart (modality_routing.py), balance
+Of sigmoid routers p is the sigmoids over their sum. Where experts choose tokens (expert_choice.py), they get the same
+load by construction: balance is 0. Where modalities are balanced apart (modality_routing.py), balance
 is computed over the tokens of each, with E the experts open to them, and averaged by their shares of the real tokens.
 """
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .hollow_tensors import is_hollow
-from .modality_routing import MODALITIES, num_open
+from .modality_routing import MODALITIES, image_flags, num_open
 from .part_images import PartImages
 
 logger = logging.get_logger(__name__)
@@ -296,8 +297,10 @@ class RouterLosses(nn.Module):
         if context.token_mask is not None:
             mask_T = context.token_mask.reshape(-1).to(mask_T)
         probability_TE = probabilities(logits_TE, "softmax" if moe is None else moe.router_type)
-        is_image_T = context.is_image_token()
-        if moe is None or is_image_T is None or moe.modality_routing == "shared":
+        is_image_T = None if moe is None else image_flags(moe, context, logits_TE)
+        if moe is not None and moe.router_type == "expert_choice":
+            balance = logits_TE.new_zeros(())  # experts get the same load by construction
+        elif is_image_T is None:
             balance = balance_loss(probability_TE, expert_TK, mask_T)
         else:
             balance = balance_by_modality(moe, probability_TE, expert_TK, mask_T, is_image_T)

@@ -19,6 +19,7 @@ from transformers import initialization as init
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from .delta_experts import DeltaExperts
+from .expert_choice import add_rows, chooses_tokens, with_images
 from .expert_kernels import EXPERT_KERNELS, takes_rounded
 from .expert_maths import ExpertMaths
 from .mlp_layouts import (
@@ -296,12 +297,18 @@ class SparseMoE(nn.Module):
         along.
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits_TE, weight_TK, expert_TK = self.router(x_TD, context)
+        if chooses_tokens(self.router.moe):
+            context = with_images(context, hidden_states.shape)
+        logits_TE, weight_TK, expert_TK, *token_R = self.router(x_TD, context)
         is_trained = any(parameter.requires_grad for parameter in self.router.parameters())
         logits_TE, weight_TK, losses = self.losses(
             logits_TE, weight_TK, expert_TK, context, is_trained, self.router.moe
         )
-        out_TO = run_experts(self.experts, x_TD, expert_TK, weight_TK)
+        if token_R:  # weights and experts are of rows, not of tokens
+            out_RO = run_experts(self.experts, x_TD[token_R[0]], expert_TK, weight_TK)
+            out_TO = add_rows(out_RO, token_R[0], len(x_TD))
+        else:
+            out_TO = run_experts(self.experts, x_TD, expert_TK, weight_TK)
         if self.multiplier is not None:
             out_TO = out_TO * self.multiplier
         out_TO = self.output_dropout(out_TO)

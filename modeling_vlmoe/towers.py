@@ -314,6 +314,7 @@ def sparse_tower_class(dense_class: Any) -> type:
     members = {
         "forward": forward,
         "request": None,
+        "moe": None,
         "_is_recorded": is_recorded(dense_class),
         "_takes_keywords": takes_keywords(dense_class),
         "_init_weights": _init_weights,
@@ -354,6 +355,7 @@ def make_sparse(
     sparse_class: Any = sparse_tower_class(type(tower))
     for holder in layer_holders(tower):
         holder.__class__ = sparse_tower_class(type(holder))
+    tower.moe = moe
     # A dense tower's configuration says "eager" by the time it is built, so the request is handed in.
     tower.config._experts_implementation_internal = tower.get_correct_experts_implementation(experts_implementation)
     for position, mlp in enumerate(mlps):

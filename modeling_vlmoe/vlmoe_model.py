@@ -12,6 +12,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from .blank_image import encode_nothing, needs_blank_image
 from .configuration_vlmoe import VLMoEConfig
 from .connector import VLMoEConnector
+from .expert_choice import with_counts
 from .fsdp_plan import wrap_vision_layers
 from .image_inputs import check_strategy, find_form, read_features, tokens_in_tower, tokens_of_images, tower_arguments
 from .model_outputs import VLMoEModelOutputWithPast
@@ -128,6 +129,7 @@ class VLMoEModel(RoutedModel, VLMoEPreTrainedModel):
         strategy = vision_feature_select_strategy
         features, counts = read_features(outputs, self.config, self.image_form, given, layers, strategy)
         connector_context = router_context and router_context.of("connector")
+        connector_context = with_counts(connector_context, counts, self.config.connector_moe)
         embeddings, logits, losses = self.connector(features.to(self.connector.dtype), connector_context)
         # Of a class of its own: ViTs' outputs may have no `pooler_output` (SAM), or more that `generate` would repeat.
         found = BaseModelOutputWithPooling(

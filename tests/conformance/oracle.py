@@ -1,6 +1,7 @@
 """The router losses by plain loops over tokens, layers and micro-batches: what every trainer is compared with.
 
-Nothing of `modeling_vlmoe.router_losses` is used here. The definition (MATHS 4): per sparse layer and micro-batch,
+Nothing of `modeling_vlmoe.router_losses` and of what a router computes is used here: logits, scores and choices are
+made again from its weights, for every kind of router. The definition (MATHS 4): per sparse layer and micro-batch,
 padding left out; the mean over a part's layers, weighed by the part's coefficients; over the micro-batches of a step
 by their share of it.
 """
@@ -17,14 +18,41 @@ from modeling_vlmoe.finetune.router_load import find_body
 from modeling_vlmoe.routers import Router
 
 
-def loop_balance(logits: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+def loop_logits(router: Router, x: Tensor) -> Tensor:
+    """The logits of tokens, (T, E), from the router's weights; normalised where it normalises them."""
+    logits = x.float() @ router.weight.float().T
+    if (spread := router.moe.router_logit_norm) is not None:
+        logits = spread * (logits - logits.mean(1, keepdim=True)) / (logits.var(1, False, True) + 1e-12).sqrt()
+    return logits
+
+
+def loop_scores(router_type: str, logits: Tensor) -> Tensor:
+    """What a token's experts score, (E,)."""
+    exponents = logits.exp()
+    return exponents / (1 + exponents) if router_type == "sigmoid" else exponents / exponents.sum()
+
+
+def loop_choice(router: Router, logits: Tensor) -> Tensor:
+    """The experts that tokens choose, (T, K): the best by score and bias."""
+    chosen = []
+    for row in logits.detach():
+        score = loop_scores(router.moe.router_type, row)
+        score = score if router.expert_bias is None else score + router.expert_bias
+        order = sorted(range(len(row)), key=lambda expert, score=score: -score[expert].item())
+        chosen.append(order[: router.moe.num_experts_per_tok])
+    return torch.tensor(chosen)
+
+
+def loop_balance(logits: Tensor, index: Tensor, mask: Tensor, router_type: str = "softmax") -> Tensor:
     """E sum_i F_i P_i over the real tokens of one layer; logits (T, E), chosen experts (T, K), mask (T,)."""
     real = [t for t in range(len(mask)) if mask[t]]
     num_experts, num_picked = logits.shape[1], index.shape[1]
+    scores = [loop_scores(router_type, logits[t]) for t in real]
+    shares = [score / score.sum() for score in scores]
     total = logits.new_zeros(())
     for expert in range(num_experts):
         chosen = sum(int(index[t, k] == expert) for t in real for k in range(num_picked)) / (len(real) * num_picked)
-        probability = sum(logits[t].softmax(-1)[expert] for t in real) / len(real)
+        probability = sum(share[expert] for share in shares) / len(real)
         total = total + chosen * probability
     return num_experts * total
 
@@ -56,11 +84,11 @@ def part_of(name: str) -> str:
 
 
 @contextmanager
-def routed(body: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Collects each router's logits, with their graph, and its choice while the body runs."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+def routed(body: nn.Module) -> Iterator[dict[str, tuple[Router, Tensor]]]:
+    """Collects each router, and what it is given, with its graph, while the body runs."""
+    found: dict[str, tuple[Router, Tensor]] = {}
     handles = [
-        module.register_forward_hook(lambda _, __, out, name=name: found.__setitem__(name, (out[0], out[2])))
+        module.register_forward_hook(lambda one, args, _, name=name: found.__setitem__(name, (one, args[0])))
         for name, module in body.named_modules()
         if isinstance(module, Router)
     ]
@@ -77,10 +105,14 @@ def losses_of(body: Any, batch: MicroBatch, coefficients: tuple[float, float]) -
         body(**batch.inputs)
     mask = batch.inputs.get("attention_mask")
     by_part: dict[str, list[Tensor]] = {}
-    for name, (logits, index) in found.items():
+    for name, (router, x) in found.items():
         is_text = part_of(name) == "text" and mask is not None
-        mask_T = mask.reshape(-1) if is_text else torch.ones(len(logits))
-        loss = coefficients[0] * loop_balance(logits, index, mask_T) + coefficients[1] * loop_z(logits, mask_T)
+        mask_T = mask.reshape(-1) if is_text else torch.ones(len(x))
+        logits, kind = loop_logits(router, x), router.moe.router_type
+        loss = coefficients[1] * loop_z(logits, mask_T)
+        if kind != "expert_choice":  # whose load is even by construction
+            index = loop_choice(router, logits)
+            loss = loss + coefficients[0] * loop_balance(logits, index, mask_T, kind)
         by_part.setdefault(part_of(name), []).append(loss)
     return sum(sum(losses) / len(losses) for losses in by_part.values())
 
