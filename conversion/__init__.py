@@ -1,6 +1,7 @@
 """Turning dense parents into a sparse checkpoint: `upcycle(UpcycleArguments(...))`, behind `vlmoe upcycle`; to and
 from transformers' own sparse models: `export(ExportArguments(...))`, `import_native(ImportArguments(...))`; and from
-delta experts to whole ones and back: `densify(DensifyArguments(...))`, `compress(CompressArguments(...))`.
+delta experts to whole ones and back: `densify(DensifyArguments(...))`, `compress(CompressArguments(...))`; and between
+ways to route by modality: `convert_routing(ConvertRoutingArguments(...))`.
 
 Names are looked up on first use, so that a command's help need not import torch.
 """
@@ -11,12 +12,14 @@ from types import ModuleType
 
 _HOMES = {
     "CompressArguments": "delta_arguments",
+    "ConvertRoutingArguments": "routing_arguments",
     "DensifyArguments": "delta_arguments",
     "ExportArguments": "native_arguments",
     "ImportArguments": "native_arguments",
     "UpcycleArguments": "arguments",
     "ProofError": "gaps",
     "compress": "rewriting",
+    "convert_routing": "rewriting",
     "densify": "rewriting",
     "export": "export",
     "import_native": "native_import",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .gaps import nudge
 from .mapped_maths import mapped_maths
-from .probes import FEWEST_ROWS, Probe
+from .probes import FEWEST_ROWS, Probe, context_of
 from .seeding import tensor_generator
 
 
@@ -26,6 +26,16 @@ class BlockProbe(Probe):
         assert self.given is not None
         generator = tensor_generator(self.seed, f"{self.path} probe")
         return torch.randn(2 * FEWEST_ROWS, self.given.shape[-1], generator=generator)
+
+    def _run_dense(self, rows: Tensor, is_image: Tensor | None) -> Tensor:
+        reference: Any = self.dense
+        if is_image is None:
+            return super()._run_dense(rows, is_image)
+        reference.context = context_of(is_image)
+        try:
+            return super()._run_dense(rows, is_image)
+        finally:
+            reference.context = None
 
     def _compare(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         was_done = self.is_done

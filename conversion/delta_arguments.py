@@ -8,14 +8,17 @@ from typing import Any
 from .arguments import from_values, option
 
 REWRITE_RECEIPT_NAME = "experts_receipt.json"
+CHECKPOINT = "A vlmoe model, a folder or a Hub id; or the folder of an adapter, which is merged first."
 
 
-def _checkpoint() -> Any:
-    help = "A vlmoe model, a folder or a Hub id; or the folder of an adapter, which is merged first."
+def checkpoint_option(help: str = CHECKPOINT) -> Any:
+    """The field of the checkpoint, which is named without a flag."""
     return field(default=None, metadata={"help": help, "is_argument": True})
 
 
-class _Arguments:
+class RewriteArguments:
+    """What every command has that reads a checkpoint of ours and writes another."""
+
     checkpoint: str | None
     output_dir: str | None
 
@@ -35,10 +38,10 @@ class _Arguments:
 
 
 @dataclass
-class DensifyArguments(_Arguments):
+class DensifyArguments(RewriteArguments):
     """A vlmoe model with delta experts in, the same model with whole experts out."""
 
-    checkpoint: str | None = _checkpoint()
+    checkpoint: str | None = checkpoint_option()
     output_dir: str | None = option("Folder of the model with whole experts.")
     dtype: str | None = option(
         "float32, bfloat16 or float16; not given: the checkpoint's own. A sum of weights is rounded to it."
@@ -49,10 +52,10 @@ class DensifyArguments(_Arguments):
 
 
 @dataclass
-class CompressArguments(_Arguments):
+class CompressArguments(RewriteArguments):
     """A vlmoe model with whole experts in, one with delta experts that is near to it out."""
 
-    checkpoint: str | None = _checkpoint()
+    checkpoint: str | None = checkpoint_option()
     rank: int | None = option("Rank of each expert's pairs beside the common base.")
     output_dir: str | None = option("Folder of the model with delta experts.")
     seed: int = option("Seed of what is drawn, where an expert needs less than the rank.", 0)

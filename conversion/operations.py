@@ -29,7 +29,7 @@ def expert_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
 
 
 def stack_blocks(assignment: Assignment, drawing: Drawing) -> Iterator[Tensor]:
-    """Tensors one after the other: those of a stack's experts, in their order."""
+    """Tensors one after the other: those of a stack's experts, or rows of a router, in their order."""
     for dense in assignment.dense:
         yield from cast_blocks(dense.read(), assignment.spec.dtype)
 
@@ -77,6 +77,7 @@ OPERATIONS: dict[str, Callable[[Assignment, Drawing], Iterator[Tensor]]] = {
     "expert": copy_blocks,
     "experts": expert_blocks,
     "stack": stack_blocks,
+    "rows": stack_blocks,
     "router": router_blocks,
     "queries": query_blocks,
     "grow": grown_blocks,

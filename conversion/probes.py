@@ -8,11 +8,15 @@ compared, so that nothing of them outlives the layer.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modeling_vlmoe.modality_routing import is_pooled
+from modeling_vlmoe.router_losses import RouterContext
 from modeling_vlmoe.routers import Router
 from modeling_vlmoe.sparse_moe import SparseMoE
 
@@ -26,6 +30,16 @@ KEPT_ROWS = 8  # of what the MLP is really given
 GIVEN = "what it is given"
 
 
+def alternating(num_rows: int) -> Tensor:
+    """Which of as many rows the probe passes off as of images, (rows,): every other one."""
+    return torch.arange(num_rows) % 2 == 1
+
+
+def context_of(is_image: Tensor | None) -> RouterContext | None:
+    """What tells a router which of its tokens are of images, (tokens,); None where it does not ask."""
+    return None if is_image is None else RouterContext(learns=False, is_image=is_image[None])
+
+
 def probe_rows(path: str, router: Router, seed: int) -> Tensor:
     """Random rows by the MLP's name, few and so chosen that the router sends some to every expert.
 
@@ -34,13 +48,16 @@ def probe_rows(path: str, router: Router, seed: int) -> Tensor:
     """
     num_experts, width = router.weight.shape
     generator = tensor_generator(seed, f"{path} probe")
+    is_asked = is_pooled(router.moe)
     kept: list[Tensor] = []
     uses = [0] * num_experts
     for _ in range(0, MOST_CANDIDATES, CANDIDATES):
         rows = torch.randn(CANDIDATES, width, generator=generator)
-        for row, experts in zip(rows, router(rows)[2].tolist(), strict=True):
+        kinds = (False, True) if is_asked else (False,)
+        chosen = [router(rows, context_of(torch.full((len(rows),), kind) if is_asked else None))[2] for kind in kinds]
+        for row, experts in zip(rows, torch.cat(chosen, dim=1).tolist(), strict=True):
             if len(kept) < FEWEST_ROWS or any(uses[expert] < ROWS_PER_EXPERT for expert in experts):
-                kept.append(row.clone())
+                kept += [row.clone()] * len(kinds)  # as one of text, and as one of an image (`alternating`)
                 for expert in experts:
                     uses[expert] += 1
         if min(uses) >= ROWS_PER_EXPERT:
@@ -80,6 +97,7 @@ class Probe:
         self.dtype, self.seed, self.findings = dtype, seed, findings
         self.given: Tensor | None = None
         self.rows: Tensor | None = None
+        self.is_image: Tensor | None = None  # which rows are of images, where the router asks
         self.is_done = False  # a ViT may run again in the same model, on frames
 
     def _note(self, module: nn.Module, args: tuple) -> None:
@@ -100,11 +118,25 @@ class Probe:
         given = args[0]
         self.findings.informative[f"{self.path}, {GIVEN}"] = measure_gap(self.given, self._first_rows(given))
         self.rows = torch.cat([self.given, self._random_rows()])
+        self._tell_images(module, given)
         rows = self.rows.expand(*given.shape[:-2], *self.rows.shape)
         # A residual, which some MLPs are given and add, is zero for them.
         return torch.cat([given, rows], dim=-2), *(
             torch.cat([one, torch.zeros_like(rows)], dim=-2) for one in args[1:]
         )
+
+    def _tell_images(self, module: Any, given: Tensor) -> None:
+        """Passes every other random row off as one of an image, where the block's router asks."""
+        context = getattr(module, "context", None)
+        if context is None or context.is_image is None:
+            return
+        assert self.rows is not None
+        assert self.given is not None
+        known = context.is_image.reshape(given.shape[:-1])
+        more = alternating(len(self.rows) - len(self.given))
+        self.is_image = torch.cat([known.reshape(-1)[: len(self.given)], more])
+        whole = torch.cat([known, self.is_image.expand(*known.shape[:-1], -1)], dim=-1)
+        module.context = replace(context, is_image=whole)
 
     def _compare(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         if self.is_done:
@@ -113,20 +145,20 @@ class Probe:
         assert self.given is not None
         own, extra = output.split([output.shape[-2] - len(self.rows), len(self.rows)], dim=-2)
         sparse = extra.reshape(-1, *extra.shape[-2:])[0]
-        dense = self._run_dense(self.rows)
+        dense = self._run_dense(self.rows, self.is_image)
         num_real = len(self.given)
         for where, part in (("random input", slice(num_real, None)), ("the dense model's input", slice(num_real))):
-            nudged = partial(self._run_nudged, self.rows[part])
+            nudged = partial(self._run_nudged, self.rows[part], None if self.is_image is None else self.is_image[part])
             self.findings.judge(f"{self.path} on {where}", dense[part], sparse[part], nudged)
-        self.given, self.rows, self.is_done = None, None, True
+        self.given, self.rows, self.is_image, self.is_done = None, None, None, True
         return own
 
-    def _run_dense(self, rows: Tensor) -> Tensor:
+    def _run_dense(self, rows: Tensor, is_image: Tensor | None) -> Tensor:
         with mapped_maths(self.dtype):
             return self.run(rows[None])[0]
 
-    def _run_nudged(self, rows: Tensor) -> Tensor:
-        return self._run_dense(nudge(rows, tensor_generator(self.seed, f"{self.path} nudge")))
+    def _run_nudged(self, rows: Tensor, is_image: Tensor | None) -> Tensor:
+        return self._run_dense(nudge(rows, tensor_generator(self.seed, f"{self.path} nudge")), is_image)
 
     @contextmanager
     def noting(self) -> Iterator[None]:

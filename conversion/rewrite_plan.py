@@ -5,6 +5,7 @@ Every other tensor is copied, every source is used, every target is filled once.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class RewritePlan:
     """Everything that is decided before the first byte is written.
 
     Attributes:
-        kind: "densify" or "compress".
+        kind: "densify", "compress" or "convert-routing".
         source: The checkpoint.
         tensors: Its tensors.
         config: The written model's configuration.
@@ -51,6 +52,7 @@ class RewritePlan:
         mapping: What fills every target.
         drawing: The seed.
         rewritten: The paths of the blocks whose experts are held another way.
+        routing: What becomes of the routing (a `routing_plan.RoutingChange`), where that is converted.
     """
 
     kind: str
@@ -63,6 +65,12 @@ class RewritePlan:
     mapping: Mapping
     drawing: Drawing
     rewritten: list[str]
+    routing: Any = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the written model is to compute what the checkpoint computes."""
+        return self.kind == "densify" if self.routing is None else self.routing.why_exact is not None
 
     @property
     def not_proved(self) -> str | None:
@@ -203,14 +211,45 @@ def plan_rewrite(kind: str, args: DensifyArguments | CompressArguments, source: 
         config, dtype = densified_config(args, source), DTYPES.get(args.dtype or "")
     else:
         config = compressed_config(args, source)
+    return complete_plan(
+        kind,
+        source,
+        config,
+        lambda tensors, sparse: map_rewritten(tensors, sparse, kind, dtype),
+        dtype,
+        getattr(args, "seed", 0),
+    )[0]
+
+
+def complete_plan(
+    kind: str,
+    source: Parent,
+    config: Any,
+    map_all: Callable[[DenseTensors, Any], Mapping],
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> tuple[RewritePlan, Any]:
+    """The plan of what a configuration describes, and the model that is written, on the meta device.
+
+    Args:
+        kind: The plan's.
+        source: The checkpoint.
+        config: The written model's configuration; changed so that it can be written.
+        map_all: Gives the mapping, of the checkpoint's tensors and the model that is written.
+        dtype: What is written; None leaves tensors as they are.
+        seed: Of what is drawn.
+
+    Raises:
+        ValueError: for whatever the user can mend.
+    """
     tensors = find_dense_tensors(source)
     for one in sub_configs(config):
         one._name_or_path = ""  # a path of this machine, which the host writes into config.json
         one.dtype = dtype or one.dtype
     sparse: Any = build_vlm(config)
     config.architectures = [type(sparse).__name__]
-    mapping = map_rewritten(tensors, sparse, kind, dtype)
-    changed = {one.spec.name.partition(EXPERTS)[0] for one in mapping.assignments if one.operation not in ("copy",)}
+    mapping = map_all(tensors, sparse)
+    written = [one for one in mapping.assignments if EXPERTS in one.spec.name and one.operation != "copy"]
     found: dict[str, Any] = {
         "kind": kind,
         "source": source,
@@ -218,12 +257,12 @@ def plan_rewrite(kind: str, args: DensifyArguments | CompressArguments, source: 
         "config": config,
         "generation": load_generation(source, config),
         "mapping": mapping,
-        "drawing": Drawing("kept", "kept", getattr(args, "seed", 0)),
-        "rewritten": sorted(changed),
+        "drawing": Drawing("kept", "kept", seed),
+        "rewritten": sorted({one.spec.name.partition(EXPERTS)[0] for one in written}),
     }
     if is_in_place(config):
         processor, not_read = load_processor(source.folder, source.given, config.body_model_type)
-        return HostRewritePlan(processor=processor, pixel_shape=(), not_read=not_read, **found)
+        return HostRewritePlan(processor=processor, pixel_shape=(), not_read=not_read, **found), sparse
     processor = load_part(VLMoEProcessor, source, "processor")
     pixel_shape = measure_image(processor.image_processor, dense_twin(config), source).pixel_shape
-    return RewritePlan(processor=processor, pixel_shape=pixel_shape, **found)
+    return RewritePlan(processor=processor, pixel_shape=pixel_shape, **found), sparse

@@ -23,6 +23,7 @@ from .written_checkpoint import process_pictures
 
 NUM_TOKENS, NUM_FEATURES = 16, 8
 LOGITS, FEATURES = "logits", "image features"
+ROUTING_CLAIM = "The model that is routed otherwise is not the checkpoint, though it should be"
 
 
 class CompositeRewriting(Rewriting):
@@ -97,3 +98,18 @@ def measure_compressed(plan: RewritePlan, folder: Path) -> tuple[Findings, dict[
     """
     with one_thread():
         return both_models(plan, folder).measure()
+
+
+@torch.no_grad()
+def check_routing(plan: RewritePlan, folder: Path) -> tuple[Findings, dict[str, dict[str, float]]]:
+    """Proves that the files in `folder` compute what the plan's checkpoint computes, where they are to; else measures
+    how far they are from it.
+
+    Returns:
+        The gaps of results, and no errors of weights.
+
+    Raises:
+        ProofError: naming the tensor, or the result that differs.
+    """
+    with one_thread():
+        return both_models(plan, folder).compare(plan.is_exact, ROUTING_CLAIM), {}

@@ -1,9 +1,12 @@
-"""A vlmoe checkpoint in, the same with experts of another form out: `vlmoe densify`, `vlmoe compress`, top to bottom.
+"""A vlmoe checkpoint in, the same with experts of another form, or routed otherwise, out: `vlmoe densify`, `vlmoe
+compress`, `vlmoe convert-routing`, top to bottom.
 
 >>> densify(DensifyArguments(checkpoint="my-delta", output_dir="my-full"))
 PosixPath('my-full')
 >>> compress(CompressArguments(checkpoint="my-full", rank=16, output_dir="my-delta"))
 PosixPath('my-delta')
+>>> convert_routing(ConvertRoutingArguments(checkpoint="my-full", to="isolated", output_dir="my-pools"))
+PosixPath('my-pools')
 """
 
 import json
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from modeling_vlmoe import __version__, register
 from modeling_vlmoe.companions import HISTORY_NAME, RECEIPT_NAME
@@ -23,22 +27,25 @@ from modeling_vlmoe.model_cards import write_card
 from modeling_vlmoe.weight_fingerprint import fingerprint
 
 from .delta_arguments import REWRITE_RECEIPT_NAME, CompressArguments, DensifyArguments
-from .export import opened
+from .export import open_checkpoint, opened
 from .gaps import Findings
 from .meta_models import build_vlm
 from .output_folder import check_output_folder, check_parents_survive, check_space, whole_or_nothing
-from .parents import Parent
+from .parents import Parent, find_folder
 from .probes import GIVEN
 from .receipt import PACKAGES, describe_mapping, describe_proof
 from .rewrite_plan import RewritePlan, plan_rewrite
-from .rewrite_proof import measure_compressed, prove_densified
+from .rewrite_proof import check_routing, measure_compressed, prove_densified
+from .routing_arguments import ConvertRoutingArguments
+from .routing_plan import KIND as ROUTING
+from .routing_plan import plan_routing
 from .streaming import write_checkpoint
 from .summaries import format_bytes, summarise
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-CHECKS = {"densify": prove_densified, "compress": measure_compressed}
+CHECKS = {"densify": prove_densified, "compress": measure_compressed, ROUTING: check_routing}
 
 
 def densify(args: DensifyArguments) -> Path:
@@ -76,22 +83,62 @@ def compress(args: CompressArguments) -> Path:
     return _rewrite("compress", args)
 
 
-def preview_rewrite(kind: str, args: DensifyArguments | CompressArguments) -> str:
-    """What would be written, for people; nothing is written, and no output folder need be named.
+def convert_routing(args: ConvertRoutingArguments) -> Path:
+    """Writes a checkpoint whose LLM is routed otherwise by modality: `modality_routing` and `modality_experts` of its
+    configuration are changed, and routers are carried over (see routing_plan.py).
+
+    Where experts are copies of one another, or every token keeps its experts and its router, the result computes what
+    the checkpoint computes, which is proved; else the gap is measured, on a picture and text, and written down.
+
+    Args:
+        args: What to write of what.
+
+    Returns:
+        The output folder.
 
     Raises:
-        ValueError: as `densify` or `compress` would.
+        ValueError: for whatever the user can mend.
+        ProofError: a ValueError, when the result does not compute what the checkpoint computes, though it should.
+        OSError: when the disk is full.
+    """
+    return _rewrite(ROUTING, args)
+
+
+def preview_rewrite(kind: str, args: Any) -> str:
+    """What would be written, for people; nothing is written, and no output folder need be named.
+
+    Args:
+        kind: "densify", "compress" or "convert-routing".
+        args: Its arguments.
+
+    Raises:
+        ValueError: as the function of that name would.
     """
     register()
     with _opened(kind, args) as source:
-        return summarise(plan_rewrite(kind, args, source).mapping)
+        plan = _plan(kind, args, source)
+        lines = [] if plan.routing is None else describe_routing(plan.routing.describe())
+        return "\n".join([summarise(plan.mapping), *lines])
+
+
+def _plan(kind: str, args: Any, source: Parent) -> RewritePlan:
+    return plan_routing(args, source) if kind == ROUTING else plan_rewrite(kind, args, source)
 
 
 @contextmanager
-def _opened(kind: str, args: DensifyArguments | CompressArguments) -> Iterator[Parent]:
+def _opened(kind: str, args: Any) -> Iterator[Parent]:
     if args.checkpoint is None:
         raise ValueError(f"Name the checkpoint: vlmoe {kind} CHECKPOINT --output-dir OUT.")
-    with opened(args) as source:  # type: ignore[arg-type]
+    if kind == ROUTING:
+        folder = find_folder(args.checkpoint, "vlm", args.revision, flag="checkpoint")
+        if (folder / ADAPTER_CONFIG_NAME).is_file():
+            raise ValueError(
+                f"{args.checkpoint} is an adapter, which fits the routing of the model it was trained on. Merge it "
+                "first (modeling_vlmoe.finetune.merge_adapter(adapter, output_dir)), and convert the merged model."
+            )
+        yield open_checkpoint(args.checkpoint, folder)
+        return
+    with opened(args) as source:
         yield source
 
 
@@ -105,7 +152,7 @@ def _rewrite(kind: str, args: Any) -> Path:
     check_output_folder(output, args.force)
     with _opened(kind, args) as source:
         check_parents_survive(output, [source.folder, *source.reader.files])
-        plan = plan_rewrite(kind, args, source)
+        plan = _plan(kind, args, source)
         check_space(output, plan.mapping.num_bytes)
         with whole_or_nothing(output, args.force) as folder:
             hashes = write_checkpoint(folder, plan.mapping.specs, plan.mapping.blocks(plan.drawing))
@@ -138,7 +185,8 @@ def build_receipt(
     weights: str | None,
 ) -> dict[str, Any]:
     """The receipt as JSON values; no path of the machine."""
-    checked = {"informative": findings.informative} if plan.kind == "compress" else describe_proof(findings)
+    checked = describe_proof(findings) if plan.is_exact else {"informative": findings.informative}
+    routing = {} if plan.routing is None else {"routing": plan.routing.describe()}
     return {
         "format": FORMAT,
         "kind": plan.kind,
@@ -152,13 +200,27 @@ def build_receipt(
         "parameters": {"total": plan.mapping.num_parameters, "active": plan.mapping.num_active_parameters},
         "bytes": {"source": plan.source_bytes, "written": plan.mapping.num_bytes},
         "mapping": describe_mapping(plan.mapping),
-        "proof" if plan.kind == "densify" else "gaps": checked,
+        **routing,
+        "proof" if plan.is_exact else "gaps": checked,
         "not_proved": plan.not_proved,
         "weight_errors": errors,
         "files_sha256": hashes,
         "weights": weights,
         "versions": {"vlmoe": __version__, **{package: version(package) for package in PACKAGES}},
     }
+
+
+def describe_routing(routing: dict[str, Any]) -> list[str]:
+    """What becomes of the routing, for people; `routing` is that of the receipt."""
+    before, after = (
+        f"{one['modality_routing']}{f' {pools}' if (pools := one['modality_experts']) else ''}"
+        for one in (routing["from"], routing["to"])
+    )
+    why = routing["why_exact"]
+    return [
+        f"routing of the LLM: {before} -> {after}; {routing['routers']}",
+        f"computes the same: {why}" if why else "another model: its experts differ, and tokens get others",
+    ]
 
 
 def describe_rewrite(output: Path) -> str:
@@ -169,7 +231,9 @@ def describe_rewrite(output: Path) -> str:
         f"{output}: {receipt['parameters']['total']:,} parameters, {format_bytes(sizes['written'])} "
         f"(before: {format_bytes(sizes['source'])})"
     ]
-    if receipt["kind"] == "densify":
+    if "routing" in receipt:
+        lines += describe_routing(receipt["routing"])
+    if "proof" in receipt:
         proof = receipt["proof"]
         lines.append(
             f"proved equal: largest gap {proof['largest_gap']:.1e} standard deviations "
@@ -184,5 +248,5 @@ def describe_rewrite(output: Path) -> str:
         ]
     lines += [f"{what}: {gap:.2g} standard deviations away" for what, gap in told.items()]
     if receipt["not_proved"]:
-        lines.append(f"not {'proved' if receipt['kind'] == 'densify' else 'measured'}: {receipt['not_proved']}")
+        lines.append(f"not {'proved' if 'proof' in receipt else 'measured'}: {receipt['not_proved']}")
     return "\n".join([*lines, f"receipt: {REWRITE_RECEIPT_NAME}"])

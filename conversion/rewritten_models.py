@@ -118,6 +118,26 @@ class Rewriting:
             self.findings.informative[what] = measure_gap(result, got[what])
         return self.findings, {path: error for path in self.plan.rewritten for path, error in self._errors(path)}
 
+    def compare(self, is_exact: bool, claim: str) -> Findings:
+        """Judges whether both compute the same, or measures how far apart they are, in standard deviations.
+
+        Args:
+            is_exact: Whether they are to.
+            claim: What a gap that is too large means.
+
+        Raises:
+            ProofError: naming what differs.
+        """
+        self.findings.claim = claim
+        wanted, got = self.results(self.source), self.results(self.written)
+        nudged = cache(lambda: self.results(self.source, self._generator("nudge")))
+        for what, result in wanted.items():
+            if is_exact:
+                self.findings.judge(what, result, got[what], lambda what=what: nudged()[what])  # type: ignore[misc]
+            else:
+                self.findings.informative[what] = measure_gap(result, got[what])
+        return self.findings
+
     def _errors(self, path: str) -> list[tuple[str, dict[str, float]]]:
         found = []
         for name in self.source.get_submodule(path).experts.stacks:

@@ -14,6 +14,7 @@ the user's wish, an error is not; what a cast that rounds costs is measured too,
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_vlmoe.modeling_in_place import is_in_place
+from modeling_vlmoe.part_requests import CONTEXT
 from modeling_vlmoe.parts_config import feature_layers
 
 from .dense_runs import dense_images, dense_text, image_results, parent_of, reads_ahead
@@ -86,7 +88,11 @@ class Proof(PartProof):
         image = BaseModelOutputWithPooling(pooler_output=list(features))  # type: ignore[arg-type]
 
         def cut(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            return args, kwargs | {"inputs_embeds": kwargs["inputs_embeds"][:, : NUM_TOKENS + NUM_SEEN]}
+            seen, context = slice(NUM_TOKENS + NUM_SEEN), kwargs.get(CONTEXT)
+            kwargs = kwargs | {"inputs_embeds": kwargs["inputs_embeds"][:, seen]}
+            if context is not None:
+                kwargs[CONTEXT] = replace(context, is_image=context.is_image[:, seen])
+            return args, kwargs
 
         def results() -> dict[str, Tensor]:
             tower = self.sparse.model.language_model

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_vlmoe.image_tokens import find_image_tokens
+from modeling_vlmoe.modality_routing import is_pooled, open_to
 from modeling_vlmoe.parts import connector_blocks, find_towers, has_layers
 from modeling_vlmoe.router_losses import RouterLosses
 from modeling_vlmoe.routing import RoutedModel
@@ -20,6 +21,7 @@ from modeling_vlmoe.towers import tower_layers
 # A sparse layer: its part, and its index in the tower (None for the connector).
 Layer = tuple[str, int | None]
 TEXT, IMAGE = 0, 1
+ROWS = {"text": TEXT, "image": IMAGE}
 
 
 def find_body(model: nn.Module) -> Any:
@@ -50,7 +52,8 @@ def find_routers(body: Any) -> dict[Layer, list[RouterLosses]]:
 
 @dataclass(frozen=True)
 class LoadSummary:
-    """One layer's load.
+    """One layer's load. Only experts that a token could have been sent to count: where tokens are routed by modality,
+    those that are open to some that there were.
 
     Attributes:
         max_load: the largest share of assignments that one expert got; 1 / experts when even.
@@ -63,8 +66,15 @@ class LoadSummary:
     dead_experts: int
 
 
-def summarize(count_E: Tensor) -> LoadSummary:
-    """A layer's load from its experts' counts, (experts,)."""
+def summarize(count_E: Tensor, open_E: Tensor | None = None) -> LoadSummary:
+    """A layer's load from its experts' counts, (experts,).
+
+    Args:
+        count_E: (experts,).
+        open_E: which experts a token could have been sent to, (experts,); None for all.
+    """
+    if open_E is not None:
+        count_E = count_E[open_E.to(count_E.device)]
     share_E = count_E.double() / count_E.sum().clamp(min=1)
     num_experts = len(count_E)
     entropy = torch.special.entr(share_E).sum() / torch.log(torch.tensor(float(max(num_experts, 2))))
@@ -128,7 +138,28 @@ class RouterLoad:
 
     def summary(self) -> dict[Layer, LoadSummary]:
         """Each layer's load, text and image tokens together."""
-        return {layer: summarize(count_ME.sum(0)) for layer, count_ME in sorted(self.counts.items(), key=str)}
+        return {
+            layer: summarize(count_ME.sum(0), self.open_experts(layer)[count_ME.any(1).cpu()].any(0))
+            for layer, count_ME in sorted(self.counts.items(), key=str)
+        }
+
+    def summary_of(self, modality: str) -> dict[Layer, LoadSummary]:
+        """Each layer's load by the tokens of "image" or "text" alone; layers that had none are left out."""
+        row = ROWS[modality]
+        return {
+            layer: summarize(count_ME[row], self.open_experts(layer)[row])
+            for layer, count_ME in sorted(self.counts.items(), key=str)
+            if count_ME[row].any()
+        }
+
+    def open_experts(self, layer: Layer) -> Tensor:
+        """Which of a layer's experts are open to text tokens and to image tokens, (2, experts)."""
+        open_ME = torch.ones(self.counts[layer].shape, dtype=torch.bool)
+        if layer[0] == "text" and is_pooled(moe := self.body.config.text_moe):
+            open_ME[:] = False
+            for modality, row in ROWS.items():
+                open_ME[row, open_to(moe, modality)] = True
+        return open_ME
 
     def mean_losses(self) -> dict[Layer, Tensor]:
         """Each layer's (balance, z) losses, averaged over the passes in training."""
@@ -137,7 +168,8 @@ class RouterLoad:
     def _start(self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._is_running = body.training or not self.training_only
         input_ids = kwargs.get("input_ids", args[0] if args else None)
-        is_image = find_image_tokens(body, input_ids, kwargs.get("inputs_embeds"))
+        marks = kwargs.get("mm_token_type_ids")
+        is_image = find_image_tokens(body, input_ids, kwargs.get("inputs_embeds"), marks)
         mask = kwargs.get("attention_mask")
         self._image_mask = is_image
         self._token_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

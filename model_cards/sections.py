@@ -44,14 +44,23 @@ def which_layers(layers: Sequence[int] | None) -> str:
     return f" in layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
+def routing_words(moe: Mapping[str, Any]) -> str:
+    """How image tokens and text tokens are routed, where not alike."""
+    kind, pools = moe.get("modality_routing") or "shared", moe.get("modality_experts")
+    if kind == "shared":
+        return ""
+    own = f": {pools[0]} of images, {pools[1]} of text, {pools[2]} of both" if pools else ""
+    return f", routed by modality (`{kind}`{own})"
+
+
 def experts(moe: Mapping[str, Any] | None) -> str:
     """What a part's sparse layers hold."""
     if moe is None:
         return "dense"
     kind = f" that share a base, each with pairs of rank {moe['expert_rank']}" if moe.get("expert_rank") else ""
-    numbers = moe["num_experts"]
+    numbers, where = moe["num_experts"], which_layers(moe.get("layers"))
     number = ", ".join(map(str, numbers)) if isinstance(numbers, list) else numbers
-    return f"{number} experts{kind}{which_layers(moe.get('layers'))}, top-{moe['num_experts_per_tok']}"
+    return f"{number} experts{kind}{where}, top-{moe['num_experts_per_tok']}{routing_words(moe)}"
 
 
 def describe_tower(config: Any) -> str:
@@ -84,6 +93,7 @@ def describe_parts(facts: CardFacts) -> str:
 REWRITTEN = {
     "densify": ", its delta experts summed up to whole ones (`vlmoe densify`)",
     "compress": ", its experts compressed to a base and pairs of low rank (`vlmoe compress`), which is another model",
+    "convert-routing": ", its LLM routed otherwise by modality (`vlmoe convert-routing`)",
 }
 
 

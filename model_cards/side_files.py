@@ -31,6 +31,7 @@ LICENCE: dict[str, Any] = {"license": str, "license_name?": str, "license_link?"
 PARENT: dict[str, Any] = {"name": str, "hub_id?": str, "revision?": str, "license?": LICENCE, "model_type?": str}
 PARENT["parents?"] = Named(PARENT)
 MOE: dict[str, Any] = {"num_experts": int | list, "num_experts_per_tok": int, "layers?": [int]}
+MOE |= {"modality_routing?": str, "modality_experts?": (int, int, int)}
 CAST: dict[str, Any] = {"parent": str, "source": str, "target": str, "is_exact": bool}
 CONVERSION: dict[str, Any] = {"text_moe?": MOE, "vision_moe?": MOE, "connector_moe?": MOE, "casts?": [CAST]}
 CONVERSION |= {"expert_init": str, "router_init": str, "dtype": str, "num_image_tokens?": int}

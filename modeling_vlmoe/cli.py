@@ -19,6 +19,7 @@ from modeling_vlmoe.chat_command import run_chat
 from modeling_vlmoe.conversion.arguments import NATIVE, UpcycleArguments
 from modeling_vlmoe.conversion.delta_arguments import CompressArguments, DensifyArguments
 from modeling_vlmoe.conversion.native_arguments import ExportArguments, ImportArguments
+from modeling_vlmoe.conversion.routing_arguments import ConvertRoutingArguments
 from modeling_vlmoe.finetune.command import run_finetune, settings_help
 from modeling_vlmoe.finetune.demo.command import run_demo_command
 from modeling_vlmoe.finetune.plan_command import run_plan
@@ -99,7 +100,11 @@ def command(name: str, settings: Any) -> Callable[[Callable[[Any], None]], Calla
     def decorate(run: Callable[[Any], None]) -> Callable[[Any], None]:
         def invoke(**given: Any) -> None:
             recipe = given.pop("recipe")
-            flags = {key: value for key, value in given.items() if value is not None}
+            flags = {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in given.items()
+                if value is not None
+            }
             values = {} if recipe is None else read_recipe(recipe)
             run(settings.from_dict(values | flags, recipe or "the command line"))
 
@@ -193,15 +198,25 @@ def run_compress(args: CompressArguments) -> None:
     run_rewrite("compress", args)
 
 
+@command("convert-routing", ConvertRoutingArguments)
+def run_convert_routing(args: ConvertRoutingArguments) -> None:
+    """Route a model's image tokens and text tokens otherwise in its LLM: --to intra_inter, isolated, ...
+
+    Routers are carried over. While experts are copies of one another the result computes what the model computes,
+    which is proved on the written files; else how far it is from it is measured, printed and written down.
+    """
+    run_rewrite("convert-routing", args)
+
+
 def run_rewrite(kind: str, args: Any) -> None:
-    """Runs one of the two, or says what it would write."""
+    """Runs one of the three, or says what it would write."""
     from modeling_vlmoe import conversion
     from modeling_vlmoe.conversion.rewriting import describe_rewrite, preview_rewrite
 
     if args.dry_run:
         typer.echo(preview_rewrite(kind, args))
         return
-    typer.echo(describe_rewrite(getattr(conversion, kind)(args)))
+    typer.echo(describe_rewrite(getattr(conversion, kind.replace("-", "_"))(args)))
 
 
 def describe_lossy(proof: dict[str, Any]) -> str:

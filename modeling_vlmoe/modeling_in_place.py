@@ -24,6 +24,7 @@ from .configuration_in_place import BODY, body_config_class, sparse_config_class
 from .fsdp_plan import wrap_vision_layers
 from .host_generation import EncodesWithText
 from .host_images import MARKS, check_known
+from .image_tokens import check_tells_images
 from .moe_config import part_config
 from .parts import find_connector, find_towers, has_layers, write_text_width
 from .parts_config import AUTO_MAP
@@ -133,6 +134,8 @@ def make_vlm_sparse(model: Any, requests: dict[int, str | None]) -> None:
     """
     config, body = model.config, model.base_model
     check_known(model)
+    if config.text_moe is not None:
+        check_tells_images(config)
     for part, moe in (("text", config.text_moe), ("vision", config.vision_moe)):
         if moe is None:
             continue

@@ -157,7 +157,10 @@ class VLMoEForConditionalGeneration(VLMoEPreTrainedModel, GenerationMixin):
         The other arguments are those of [`VLMoEModel.forward`].
         """
         share = micro_batch_share(labels, kwargs.get("num_items_in_batch"))
-        context = self.model.router_context(attention_mask, share, labels is not None, input_ids, inputs_embeds)
+        has_images = pixel_values is not None or mm_encoder_outputs is not None
+        context = self.model.router_context(
+            attention_mask, share, labels is not None, input_ids, inputs_embeds, mm_token_type_ids, has_images
+        )
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

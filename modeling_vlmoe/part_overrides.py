@@ -31,6 +31,10 @@ SHAPING = (
     "expert_rank",
 )
 OTHERWISE = "`vlmoe upcycle` makes other experts of a dense model."
+# What makes another checkpoint of a stored one, by the field that it changes.
+CONVERTED = dict.fromkeys(
+    ("modality_routing", "modality_experts"), "`vlmoe convert-routing` writes one that is routed otherwise."
+)
 
 
 def stored_values(name: Any, config: Any, **kwargs: Any) -> dict[str, Any] | None:
@@ -84,7 +88,7 @@ def check_part(part: str, asked: Any, stored: Any, name: Any) -> None:
         if given is not None and found is not None and given != found:
             raise ValueError(
                 f"{part}_moe.{field} is {given!r}, but in {name} it is {found!r} ({describe(part, stored)}). "
-                f"Leave it out: weights are loaded as they were made. {OTHERWISE}"
+                f"Leave it out: weights are loaded as they were made. {CONVERTED.get(field, OTHERWISE)}"
             )
 
 

@@ -21,6 +21,8 @@ from .routing import micro_batch_share
 LOGITS = {"text": "router_logits", "vision": "vision_router_logits", "connector": "connector_router_logits"}
 # What the names of the LLM's inputs begin with: without an encoder, and with one, whose inputs are called so then.
 LLM_PREFIXES = ("", "decoder_")
+# What the names of images and videos, of what is encoded of them too, begin with.
+IMAGES = ("pixel_values", "mm_encoder_outputs", "image_hidden_states")
 _ROUTED_OUTPUTS: dict[type, Any] = {}
 
 
@@ -116,7 +118,10 @@ def run_routed(model: Any, dense_forward: Callable[..., Any], given: dict[str, A
     prefix = LLM_PREFIXES[bool(body.config.is_encoder_decoder)]
     mask = given.get(f"{prefix}attention_mask")
     ids, embeds = (given.get(f"{prefix}{name}") for name in ("input_ids", "inputs_embeds"))
-    context = body.router_context(mask, share, labels is not None, ids, embeds)
+    has_images = any(value is not None for name, value in given.items() if name.startswith(IMAGES))
+    context = body.router_context(
+        mask, share, labels is not None, ids, embeds, given.get("mm_token_type_ids"), has_images
+    )
     context = context_of_host_images(body, context, given, mask, ids, embeds)
     given = for_host(model, given)
     if context is None and not wants_logits:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .adapter_warnings import warn_of_adapters
-from .image_tokens import find_image_tokens
+from .image_tokens import require_image_tokens
 from .modality_routing import is_pooled
 from .moe_config import PARTS
 from .router_losses import UNSEEN, FollowedLoss, RouterContext, warn_unfollowed, weighted_mean
@@ -54,6 +54,8 @@ class RoutedModel:
         has_loss: bool = False,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        marks: Tensor | None = None,
+        has_images: bool = True,
     ) -> RouterContext | None:
         """The context of this forward pass: in training, where the model has experts; else where routers read it.
 
@@ -63,6 +65,11 @@ class RoutedModel:
                 them.
             share: this micro-batch's share of the optimizer step, where it is known.
             has_loss: whether the task loss is computed by the model, so that it shows what a trainer does to it.
+            marks: `mm_token_type_ids`, (batch, sequence), which tell images in `inputs_embeds`.
+            has_images: whether this pass is given images.
+
+        Raises:
+            ValueError: if routers have to know where images stand, and nobody says.
         """
         moes = {part: self.config.moe(part) for part in PARTS}
         sparse = {part: moe for part, moe in moes.items() if moe is not None}  # dynamo takes no walrus in here
@@ -70,7 +77,8 @@ class RoutedModel:
         if not (self.training and sparse and torch.is_grad_enabled()):
             if not (knows_images and is_pooled(sparse["text"])):
                 return None
-            return RouterContext(learns=False, is_image=find_image_tokens(self, input_ids, inputs_embeds))
+            is_image = require_image_tokens(self, input_ids, inputs_embeds, marks, has_images)
+            return RouterContext(learns=False, is_image=is_image)
         warn_of_adapters(self)
         scale = torch.full((), UNSEEN if has_loss else 1.0, device=self.device)
         context = RouterContext(loss_scale=scale, share=torch.ones((), device=self.device))
@@ -86,7 +94,7 @@ class RoutedModel:
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             context.token_mask = attention_mask.bool()
         if knows_images:
-            context.is_image = find_image_tokens(self, input_ids, inputs_embeds)
+            context.is_image = require_image_tokens(self, input_ids, inputs_embeds, marks, has_images)
         return context
 
     def weigh_losses(

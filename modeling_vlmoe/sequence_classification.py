@@ -72,7 +72,10 @@ class VLMoEForSequenceClassification(VLMoEPreTrainedModel):
 
         The other arguments are those of [`VLMoEModel.forward`].
         """
-        context = self.model.router_context(attention_mask, None, labels is not None, input_ids, inputs_embeds)
+        has_images = pixel_values is not None or kwargs.get("mm_encoder_outputs") is not None
+        context = self.model.router_context(
+            attention_mask, None, labels is not None, input_ids, inputs_embeds, mm_token_type_ids, has_images
+        )
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -264,6 +264,7 @@ class SparseMoE(nn.Module):
         text_width: int | None = None,
     ):
         super().__init__()
+        self.moe = moe  # the router may be wrapped by an adapter
         layout = find_layout(dense_mlp, "the dense MLP", layout)
         down: Any = dense_mlp.get_submodule(layout.down)
         width = in_features(dense_mlp.get_submodule(layout.inputs[0]))
@@ -297,13 +298,11 @@ class SparseMoE(nn.Module):
         along.
         """
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if chooses_tokens(self.router.moe):
+        if chooses_tokens(self.moe):
             context = with_images(context, hidden_states.shape)
         logits_TE, weight_TK, expert_TK, *token_R = self.router(x_TD, context)
         is_trained = any(parameter.requires_grad for parameter in self.router.parameters())
-        logits_TE, weight_TK, losses = self.losses(
-            logits_TE, weight_TK, expert_TK, context, is_trained, self.router.moe
-        )
+        logits_TE, weight_TK, losses = self.losses(logits_TE, weight_TK, expert_TK, context, is_trained, self.moe)
         if token_R:  # weights and experts are of rows, not of tokens
             out_RO = run_experts(self.experts, x_TD[token_R[0]], expert_TK, weight_TK)
             out_TO = add_rows(out_RO, token_R[0], len(x_TD))

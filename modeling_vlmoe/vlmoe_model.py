@@ -268,7 +268,13 @@ class VLMoEModel(RoutedModel, VLMoEPreTrainedModel):
         if output_router_logits is None:
             output_router_logits = bool(getattr(self.config.text_config, "output_router_logits", False))
         if router_context is None:
-            router_context = self.router_context(attention_mask, input_ids=input_ids, inputs_embeds=inputs_embeds)
+            router_context = self.router_context(
+                attention_mask,
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                marks=mm_token_type_ids,
+                has_images=pixel_values is not None or image is not None,
+            )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:

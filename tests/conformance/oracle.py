@@ -18,11 +18,33 @@ from modeling_vlmoe.finetune.router_load import find_body
 from modeling_vlmoe.routers import Router
 
 
-def loop_logits(router: Router, x: Tensor) -> Tensor:
-    """The logits of tokens, (T, E), from the router's weights; normalised where it normalises them."""
+def open_experts(moe: Any, is_image: bool) -> list[int]:
+    """The experts that are open to an image token, or to another one."""
+    first, second, _ = moe.modality_experts or (0, 0, moe.num_experts)
+    return [e for e in range(moe.num_experts) if (e < first or e >= first + second if is_image else e >= first)]
+
+
+def loop_logits(router: Router, x: Tensor, added: Tensor | None, is_image: list[bool]) -> Tensor:
+    """The logits of tokens, (T, E), from the router's weights; normalised where it normalises them, and minus infinity
+    where an expert is closed.
+
+    Args:
+        router: the router.
+        x: the tokens, (T, D).
+        added: what a text gate adds.
+        is_image: of the LLM's routers, which tokens are of images.
+    """
     logits = x.float() @ router.weight.float().T
+    if router.image_weight is not None:
+        of_images = x.float() @ router.image_weight.float().T
+        logits = torch.where(torch.tensor(is_image)[:, None], of_images, logits)
+    if added is not None:
+        logits = logits + added
     if (spread := router.moe.router_logit_norm) is not None:
         logits = spread * (logits - logits.mean(1, keepdim=True)) / (logits.var(1, False, True) + 1e-12).sqrt()
+    if router.moe.modality_experts is not None:
+        is_open = [[e in open_experts(router.moe, one) for e in range(router.moe.num_experts)] for one in is_image]
+        logits = logits.masked_fill(~torch.tensor(is_open), -torch.inf)
     return logits
 
 
@@ -57,8 +79,22 @@ def loop_balance(logits: Tensor, index: Tensor, mask: Tensor, router_type: str =
     return num_experts * total
 
 
+def loop_balance_by_modality(logits: Tensor, index: Tensor, mask: Tensor, is_image: list[bool], moe: Any) -> Tensor:
+    """The balance of image tokens and that of text tokens, each of the experts that are open to them, weighed by
+    their shares of the real tokens.
+    """
+    real, total = [t for t in range(len(mask)) if mask[t]], logits.new_zeros(())
+    for modality in (True, False):
+        own = [t for t in real if is_image[t] == modality]
+        if own:
+            kept = open_experts(moe, modality)
+            renumbered = torch.tensor([[kept.index(e) for e in index[t].tolist()] for t in own])
+            total = total + len(own) / len(real) * loop_balance(logits[own][:, kept], renumbered, torch.ones(len(own)))
+    return total
+
+
 def loop_z(logits: Tensor, mask: Tensor) -> Tensor:
-    """The mean squared logsumexp of the real tokens' logits, (T, E)."""
+    """The mean squared logsumexp of the real tokens' logits, (T, E); of a closed expert, whose exp is zero, too."""
     real = [t for t in range(len(mask)) if mask[t]]
     return sum(logits[t].exp().sum().log() ** 2 for t in real) / len(real)
 
@@ -83,14 +119,27 @@ def part_of(name: str) -> str:
     return "vision" if "vision" in name or "visual" in name else "text"
 
 
+def image_ids(config: Any) -> set[int]:
+    """The ids of the tokens that stand for images and videos."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    return {getattr(config, name) for name in names if getattr(config, name, None) is not None}
+
+
 @contextmanager
-def routed(body: nn.Module) -> Iterator[dict[str, tuple[Router, Tensor]]]:
-    """Collects each router, and what it is given, with its graph, while the body runs."""
-    found: dict[str, tuple[Router, Tensor]] = {}
-    handles = [
-        module.register_forward_hook(lambda one, args, _, name=name: found.__setitem__(name, (one, args[0])))
-        for name, module in body.named_modules()
-        if isinstance(module, Router)
+def routed(body: nn.Module) -> Iterator[dict[str, tuple[Router, Tensor, Tensor | None]]]:
+    """Collects each router, what it is given, and what its text gate adds, with their graphs, while the body runs."""
+    found: dict[str, tuple[Router, Tensor, Tensor | None]] = {}
+    added: dict[nn.Module, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda one, args, _: found.__setitem__(name, (one, args[0], added.get(one.text_gate)))
+
+    routers = {name: module for name, module in body.named_modules() if isinstance(module, Router)}
+    handles = [router.register_forward_hook(keep(name)) for name, router in routers.items()]
+    handles += [
+        router.text_gate.register_forward_hook(lambda gate, _, out: added.__setitem__(gate, out))
+        for router in routers.values()
+        if router.text_gate is not None
     ]
     try:
         yield found
@@ -103,16 +152,20 @@ def losses_of(body: Any, batch: MicroBatch, coefficients: tuple[float, float]) -
     """The weighted losses of one micro-batch, with the graph down to the routers and below."""
     with routed(body) as found:
         body(**batch.inputs)
-    mask = batch.inputs.get("attention_mask")
+    mask, images = batch.inputs.get("attention_mask"), image_ids(body.config)
     by_part: dict[str, list[Tensor]] = {}
-    for name, (router, x) in found.items():
+    for name, (router, x, added) in found.items():
         is_text = part_of(name) == "text" and mask is not None
         mask_T = mask.reshape(-1) if is_text else torch.ones(len(x))
-        logits, kind = loop_logits(router, x), router.moe.router_type
+        moe = router.moe
+        is_image = [token in images for token in batch.inputs["input_ids"].flatten().tolist()]
+        logits = loop_logits(router, x, added, is_image)
         loss = coefficients[1] * loop_z(logits, mask_T)
-        if kind != "expert_choice":  # whose load is even by construction
-            index = loop_choice(router, logits)
-            loss = loss + coefficients[0] * loop_balance(logits, index, mask_T, kind)
+        index = loop_choice(router, logits)
+        if moe.modality_routing != "shared":
+            loss = loss + coefficients[0] * loop_balance_by_modality(logits, index, mask_T, is_image, moe)
+        elif moe.router_type != "expert_choice":  # whose load is even by construction
+            loss = loss + coefficients[0] * loop_balance(logits, index, mask_T, moe.router_type)
         by_part.setdefault(part_of(name), []).append(loss)
     return sum(sum(losses) / len(losses) for losses in by_part.values())
 

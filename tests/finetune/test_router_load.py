@@ -133,3 +133,32 @@ def test_summary_is_the_hand_computed_one():
     assert summary.entropy == pytest.approx((0.75 * 0.2876820724 + 0.25 * 1.3862943611) / 1.3862943611)
     assert summarize(torch.tensor([5, 5])).entropy == pytest.approx(1.0)
     assert summarize(torch.tensor([3])).max_load == 1.0
+
+
+@torch.no_grad()
+def test_an_expert_that_is_closed_to_a_modality_is_not_dead_for_it():
+    pools = {"num_experts": 6, "modality_routing": "isolated", "modality_experts": [2, 4, 0]}
+    model, batch = models.sparse_model(text_moe=pools), models.batch(IMAGES)
+    with RouterLoad(model) as load:
+        model(**batch)
+    counts = load.counts[layer := ("text", 0)]
+    assert not counts[0, :2].any()  # text on images' experts
+    assert not counts[1, 2:].any()
+    image, text = (load.summary_of(modality)[layer] for modality in ("image", "text"))
+    assert image.max_load == 0.5  # both experts of images, top-2
+    assert (image.entropy, image.dead_experts) == (pytest.approx(1.0), 0)
+    assert text.dead_experts == int((counts[0, 2:] == 0).sum())
+    assert text.entropy == pytest.approx(summarize(counts[0, 2:]).entropy)
+    assert load.summary()[layer].dead_experts == text.dead_experts
+    with RouterLoad(model) as load:  # without images theirs get nothing, and are not dead
+        model(**models.batch((0, 0)))
+    assert load.summary()[layer] == load.summary_of("text")[layer]
+    assert load.summary_of("image").keys().isdisjoint({layer})
+
+
+@torch.no_grad()
+def test_marks_tell_images_in_embeddings(tiny_model):
+    embeds, marks = torch.randn(1, 9, 32), torch.tensor([[0, 0, 1, 1, 1, 2, 0, 0, 0]])
+    with RouterLoad(tiny_model) as load:
+        tiny_model(inputs_embeds=embeds, mm_token_type_ids=marks)
+    assert load.counts[("text", 0)].sum(1).tolist() == [2 * 5, 2 * 4]
