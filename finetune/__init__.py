@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 _HOMES = {
+    "AlarmLimits": "routing_alarms",
     "ChatCollator": "collator",
     "FinetuneArguments": "arguments",
     "RouterLoad": "router_load",
@@ -19,6 +20,7 @@ _HOMES = {
     "WholeUploads": "uploads",
     "load_chat_data": "data",
     "load_finetuned": "checkpoints",
+    "log_router_load": "callbacks",
     "lora_config": "adapters",
     "majority_baseline": "evaluation",
     "merge_adapter": "checkpoints",

@@ -77,6 +77,9 @@ class FinetuneSettings:
     router_aux_loss_coef: float | None = option(None, "Weight of the balance loss, all parts; not given: the model's.")
     router_z_loss_coef: float | None = option(None, "Weight of the router z-loss, all parts; not given: the model's.")
     log_router_load: bool = option(True, "Whether the experts' load per layer is logged.")
+    router_alarms: bool = option(
+        True, "Whether log_router_load warns of dead experts, of identical ones, and of saturated routers."
+    )
     force: bool = option(False, "Whether an output folder that an earlier run has filled is emptied first.")
 
 

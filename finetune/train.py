@@ -205,7 +205,7 @@ def build_trainer(
         processing_class=processor,
         compute_metrics=compute_metrics,
     )
-    follow_trainer(trainer, args.log_router_load)
+    follow_trainer(trainer, args.log_router_load, args.router_alarms)
     trainer.add_callback(CheckpointCards(args, len(train_dataset)))
     return trainer
 

@@ -91,6 +91,11 @@ def refusals(folder):
         (["finetune", "lora", "model=nobody/nothing", "data=rows.jsonl", "output_dir=new"], "nobody/nothing"),
         (["finetune", "lora", "model=model", "data=rows.jsonl", "output_dir=full"], "full"),
         (["demo", "--output-dir", "full"], "full"),
+        (["route", "model"], "DATA"),
+        (["route", "model", "rows.jsonl", "--output-dir", "full"], "full"),
+        (["route", "model", "rows.jsonl", "--output-dir", "new"], "model"),
+        (["route", "nobody/nothing", "rows.jsonl", "--output-dir", "new"], "nobody/nothing"),
+        (["route", "model", "rows.jsonl", "--batch-size", "0"], "batch_size"),
         (["-q", "-v", "demo"], "-v and -q"),
     ]
 

@@ -3,31 +3,22 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_vlmoe.sparse_moe import Experts
 from modeling_vlmoe.towers import sparse_blocks
 
 from ..collator import ChatCollator
+from ..expert_similarity import experts_similarity
 from ..router_load import IMAGE, TEXT, RouterLoad, summarize
 
 COPIES_ABOVE = 0.999
 MODALITIES = {TEXT: "text", IMAGE: "image"}
 
 
-def experts_similarity(experts: Experts) -> float:
-    """The mean cosine similarity of two experts of a layer, over all pairs; all their weights as one vector."""
-    tensors = [parameter.detach().float().flatten(1) for parameter in experts.parameters(recurse=False)]
-    vectors_EN = F.normalize(torch.cat(tensors, dim=1), dim=1)
-    similarity_EE = vectors_EN @ vectors_EN.T
-    num_experts = len(similarity_EE)
-    return ((similarity_EE.sum() - similarity_EE.trace()) / (num_experts * (num_experts - 1))).item()
-
-
 def similarities(model: nn.Module) -> dict[str, float]:
-    """Each sparse block's similarity, by its path."""
-    return {path: experts_similarity(block.experts) for path, block in sparse_blocks(model)}
+    """Each sparse block's mean cosine of two experts, by its path."""
+    found = {path: experts_similarity(block.experts) for path, block in sparse_blocks(model)}
+    return {path: similarity.cosine for path, similarity in found.items() if similarity is not None}
 
 
 def part_of(path: str) -> str:
