@@ -134,9 +134,9 @@ def check_type(name: str, value: Any, default: Any, annotation: Any, origin: str
     if "dict[" in annotation and isinstance(value, dict):
         return
     plain = CONTAINERS.sub("", annotation)
-    wanted = [kind for kind in (bool, int, str) if kind.__name__ in plain]
+    wanted = [kind for kind in (bool, int, float, str) if kind.__name__ in plain]
     is_optional = default is None or default is MISSING
-    if (value is None and is_optional) or type(value) in wanted:
+    if (value is None and is_optional) or type(value) in wanted or (float in wanted and type(value) is int):
         return
     expected = " or ".join("yes or no" if kind is bool else kind.__name__ for kind in wanted)
     raise ValueError(f"{origin}: {name} is {value!r}; expected {expected}.")

@@ -20,6 +20,7 @@ from modeling_vlmoe.conversion.arguments import NATIVE, UpcycleArguments
 from modeling_vlmoe.conversion.delta_arguments import CompressArguments, DensifyArguments
 from modeling_vlmoe.conversion.native_arguments import ExportArguments, ImportArguments
 from modeling_vlmoe.conversion.routing_arguments import ConvertRoutingArguments
+from modeling_vlmoe.finetune.classifier.arguments import ClassifyArguments
 from modeling_vlmoe.finetune.command import run_finetune, settings_help
 from modeling_vlmoe.finetune.demo.command import run_demo_command
 from modeling_vlmoe.finetune.plan_command import run_plan
@@ -39,7 +40,7 @@ MENDABLE = (
     PermissionError,
     ConnectionError,
 )
-FLAG_TYPES = {"bool": bool, "int": int, "str": str}
+FLAG_TYPES = {"bool": bool, "int": int, "float": float, "str": str}
 
 app = typer.Typer(
     name="vlmoe",
@@ -252,6 +253,19 @@ def describe_result(output: Any) -> str:
         f"{''.join(rounded)}{f'not proved: {missing}{chr(10)}' if missing else ''}"
         f"{f'stays dense: {dense}{chr(10)}' if dense else ''}receipt: {RECEIPT_NAME}"
     )
+
+
+@command("classify", ClassifyArguments)
+def run_classify_command(args: ClassifyArguments) -> None:
+    """Train a classifier of images and text whose image experts are routed by the text, and report on it.
+
+    It makes a small dense model, upcycles it and trains both on: per epoch the losses and the accuracy; for the test
+    images a report per class, a picture of confusions, and where each kind of question sends the image, beside the
+    dense model and logistic regression. Without --data: handwritten digits, no download.
+    """
+    from modeling_vlmoe.finetune.classifier.run import run_classify
+
+    run_classify(args, say=typer.echo)
 
 
 @command("push", PushArguments)

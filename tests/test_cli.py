@@ -96,6 +96,10 @@ def refusals(folder):
         (["route", "model", "rows.jsonl", "--output-dir", "new"], "model"),
         (["route", "nobody/nothing", "rows.jsonl", "--output-dir", "new"], "nobody/nothing"),
         (["route", "model", "rows.jsonl", "--batch-size", "0"], "batch_size"),
+        (["classify"], "--output-dir"),
+        (["classify", "--output-dir", "full"], "full"),
+        (["classify", "--output-dir", "new", "--data", "nothing"], "nothing"),
+        (["classify", "--output-dir", "new", "--test-share", "2"], "--test-share"),
         (["-q", "-v", "demo"], "-v and -q"),
     ]
 
