@@ -54,6 +54,7 @@ from modeling_vlmoe.routers import Router
 
 BUDGET = {"num_train": 1000, "tune_steps": 300, "num_align": 3200, "align_steps": 100, "num_test": 2000}
 SEEDS = (0, 1, 2)
+OPTIONS = {"num_experts_per_tok": "top_k", "router_type": "router"}  # fields with an option of their own
 DEAD_BELOW = 0.1
 BALANCE = 0.01  # the default of ours, whose value is 1 when routing is even; transformers' is top-k then
 
@@ -73,8 +74,11 @@ class Row:
 
     def options(self, settings: DemoSettings) -> dict[str, Any]:
         """What `vlmoe upcycle` is told."""
-        numbers = {f"{part}_experts": getattr(settings, f"{part}_experts") for part in PARTS}
-        return numbers | {f"{part}_moe": fields for part, fields in self.parts.items()}
+        options = {f"{part}_experts": getattr(settings, f"{part}_experts") for part in PARTS}
+        for part, fields in self.parts.items():
+            options |= {f"{part}_{OPTIONS[name]}": value for name, value in fields.items() if name in OPTIONS}
+            options[f"{part}_moe"] = {name: value for name, value in fields.items() if name not in OPTIONS} or None
+        return options
 
 
 def in_all(**fields: Any) -> dict[str, dict[str, Any]]:
