@@ -216,10 +216,16 @@ def describe_routing(routing: dict[str, Any]) -> list[str]:
         f"{one['modality_routing']}{f' {pools}' if (pools := one['modality_experts']) else ''}"
         for one in (routing["from"], routing["to"])
     )
-    why = routing["why_exact"]
+    why, is_raw = routing["why_exact"], not routing["norm_topk_prob"]
+    raw = (
+        "the experts' weights are not renormalised, and routed_scaling_factor was measured for the pools before: give "
+        "another one, or tune it"
+    )
     return [
         f"routing of the LLM: {before} -> {after}; {routing['routers']}",
-        f"computes the same: {why}" if why else "another model: its experts differ, and tokens get others",
+        f"computes the same: {why}"
+        if why
+        else f"another model: {raw if is_raw else 'its experts differ, and tokens get others'}",
     ]
 
 

@@ -69,6 +69,7 @@ class RoutingChange:
             "to": described(self.after),
             "routers": self.kept,
             "why_exact": self.why_exact,
+            "norm_topk_prob": self.after.norm_topk_prob,
         }
 
 

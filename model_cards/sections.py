@@ -10,6 +10,7 @@ from modeling_vlmoe.moe_config import PARTS
 from .facts import CardFacts, are_recorded
 from .licences import licence_name, parent_licence, stated_otherwise
 from .metadata import adapter_base, find_licence, inherited_licence, stated_by
+from .routing_words import NEEDS_TEXT, reads_text, routing_words
 from .usages import find_usage
 
 PART_NAMES = {"text": "LLM", "vision": "ViT", "connector": "connector"}
@@ -44,15 +45,6 @@ def which_layers(layers: Sequence[int] | None) -> str:
     return f" in layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
-def routing_words(moe: Mapping[str, Any]) -> str:
-    """How image tokens and text tokens are routed, where not alike."""
-    kind, pools = moe.get("modality_routing") or "shared", moe.get("modality_experts")
-    if kind == "shared":
-        return ""
-    own = f": {pools[0]} of images, {pools[1]} of text, {pools[2]} of both" if pools else ""
-    return f", routed by modality (`{kind}`{own})"
-
-
 def experts(moe: Mapping[str, Any] | None) -> str:
     """What a part's sparse layers hold."""
     if moe is None:
@@ -69,22 +61,21 @@ def describe_tower(config: Any) -> str:
     return ", ".join([config.model_type, *(f"{size} {what}" for what, size in sizes.items() if size is not None)])
 
 
+def part_experts(facts: CardFacts) -> dict[str, Any]:
+    """The experts' settings of each part of which they are known, None where it is dense."""
+    if facts.config is not None:
+        moes = {part: facts.config.moe(part) for part in PARTS}
+        return {part: None if moe is None else moe.to_dict() for part, moe in moes.items()}
+    settings = facts.receipt.get("settings") or {}
+    return {part: settings[f"{part}_moe"] for part in PARTS if f"{part}_moe" in settings}
+
+
 def describe_parts(facts: CardFacts) -> str:
     """The towers and their experts, one line each."""
-    settings = facts.receipt.get("settings") or {}
     lines = []
-    for part in PARTS:
-        shape = ""
-        if facts.config is not None:
-            moe = facts.config.moe(part)
-            moe = None if moe is None else moe.to_dict()
-            tower = getattr(facts.config, f"{part}_config", None)
-            if tower is not None:
-                shape = f"{describe_tower(tower)}; "
-        elif f"{part}_moe" in settings:
-            moe = settings[f"{part}_moe"]
-        else:
-            continue
+    for part, moe in part_experts(facts).items():
+        tower = getattr(facts.config, f"{part}_config", None)
+        shape = "" if tower is None else f"{describe_tower(tower)}; "
         lines.append(f"- {PART_NAMES[part]}: {shape}{experts(moe)}")
     return "\n".join(lines)
 
@@ -330,6 +321,8 @@ def describe_bias(facts: CardFacts) -> str:
 def describe_limits(facts: CardFacts) -> str:
     """What follows from how it was made, and what its makers say."""
     text = [facts.notes.limits]
+    if reads_text(list(part_experts(facts).values())):
+        text.append(NEEDS_TEXT)
     if is_untrained(facts):
         text.append(
             "Its connector is drawn at random: until it is tuned, what it says about an image means nothing. On text "

@@ -53,6 +53,17 @@ def count_load(expert_TK: Tensor, mask_T: Tensor, num_experts: int) -> Tensor:
     return mask_T.new_zeros(num_experts).scatter_add(0, expert_TK.reshape(-1), weight_TK.reshape(-1))
 
 
+def own_weights(router: Any) -> list[Tensor]:
+    """The weights by which a router scores tokens, without those of its text gate, or of an adapter around it: an
+    adapter that trains these alone has no place for a bias.
+    """
+    return list(router.parameters(recurse=False))
+
+
+def _is_trained(router: Any) -> bool:
+    return any(weight.requires_grad for weight in own_weights(router))
+
+
 @torch.no_grad()
 def add_load(router: Any, logits_TE: Tensor, expert_TK: Tensor, context: RouterContext | None) -> None:
     """Notes the load of one training pass.
@@ -65,7 +76,7 @@ def add_load(router: Any, logits_TE: Tensor, expert_TK: Tensor, context: RouterC
     """
     if router.expert_bias is None or context is None or not context.learns or is_run_again():
         return
-    if not any(parameter.requires_grad for parameter in router.parameters()):
+    if not _is_trained(router):
         return
     mask_T = logits_TE.new_ones(len(logits_TE))
     if context.token_mask is not None:
@@ -122,10 +133,6 @@ def update_expert_bias(routers: Iterable[Any]) -> None:
         router.load = None
 
 
-def _is_trained(router: Any) -> bool:
-    return any(parameter.requires_grad for parameter in router.parameters())
-
-
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Changes the biases of the routers that an optimizer trains, once it has made a step.
 
@@ -139,10 +146,12 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if not routers:
         return
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    own = [one for one in routers if any(id(parameter) in trained for parameter in one.parameters())]
+    own = [one for one in routers if any(id(weight) in trained for weight in own_weights(one))]
     for router in own:
         router.has_optimizer = True
     if not own:
-        own = [one for one in routers if not one.has_optimizer and all(p.grad is None for p in one.parameters())]
+        own = [
+            one for one in routers if not one.has_optimizer and all(weight.grad is None for weight in own_weights(one))
+        ]
     if own:
         update_expert_bias(own)

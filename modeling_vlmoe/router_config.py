@@ -5,6 +5,7 @@ from typing import Any
 from .modality_routing import check_modality_routing
 
 DEFAULT_TEXT_SIZE = 64
+FEWEST_NORMALIZED = 3
 EXPERT_CHOICE = "expert_choice"
 
 
@@ -50,6 +51,21 @@ def _check_expert_choice(part: str, moe: dict[str, Any]) -> None:
         )
 
 
+def _check_logit_norm(part: str, moe: dict[str, Any]) -> None:
+    """Two numbers of mean 0 and a fixed spread are always the same two: such a router could not learn."""
+    if moe["router_logit_norm"] is None:
+        return
+    numbers = moe["num_experts"] if isinstance(moe["num_experts"], list) else [moe["num_experts"]]
+    if (pools := moe["modality_experts"]) is not None:
+        numbers = [pools[0] + pools[2], pools[1] + pools[2]]
+    if min(numbers) < FEWEST_NORMALIZED:
+        raise ValueError(
+            f"{part}_moe.router_logit_norm is {moe['router_logit_norm']}, but some tokens have {min(numbers)} experts "
+            f"to choose from; of fewer than {FEWEST_NORMALIZED} the normalised logits never change, so that the "
+            "router cannot learn. Leave it out, or give more experts."
+        )
+
+
 def check_routing(part: str, moe: dict[str, Any]) -> None:
     """Checks the router's fields, and fills in what follows from others.
 
@@ -63,6 +79,7 @@ def check_routing(part: str, moe: dict[str, Any]) -> None:
     for name in ("routed_scaling_factor", "router_logit_norm", "expert_bias_update_rate"):
         _check_positive(part, moe, name)
     check_modality_routing(part, moe)
+    _check_logit_norm(part, moe)
     _check_text_gate(part, moe)
     _check_expert_choice(part, moe)
 

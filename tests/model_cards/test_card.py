@@ -44,6 +44,20 @@ def test_a_card_tells_of_the_receipt(folder):
     assert metadata_errors(text) == []
 
 
+def test_a_card_tells_how_the_model_routes(tmp_path):
+    text = {"router_type": "sigmoid", "use_expert_bias": True, "router_logit_norm": 1.0, "norm_topk_prob": False}
+    parts = {"text_moe": text, "vision_moe": {"router_type": "attention"}}
+    models.sparse_model(**parts, connector_moe={"router_type": "expert_choice"}).save_pretrained(tmp_path)
+    card = render_card(tmp_path)
+    for said in (
+        "scored by sigmoids, weights not renormalised, choices balanced by biases, router logits normalised",
+        "routed by the text beside the image too",
+        "experts choosing tokens",
+        "Serving engines that encode images without text cannot run it.",
+    ):
+        assert said in card, said
+
+
 def test_what_is_not_known_is_said_to_be(folder):
     text = render_card(folder)
     card = ModelCard(text)

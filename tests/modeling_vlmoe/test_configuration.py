@@ -89,6 +89,11 @@ def test_copies_read_their_own_text_config(again):
         ({"connector_moe": {"layers": [0]}}, "connector is one MLP"),
         ({"text_moe": {"num_expert": 4}}, r"unknown fields \['num_expert'\]"),
         ({"text_moe": {"router_type": "hash"}}, "router_type"),
+        ({"text_moe": {"num_experts": 2, "router_logit_norm": 1.0}}, "2 experts to choose from.*cannot learn"),
+        (
+            {"text_moe": {"num_experts": 4, "router_logit_norm": 1.0, "modality_routing": "isolated"}},
+            "2 experts to choose from.*cannot learn",
+        ),
         ({"text_moe": {"router_aux_loss_coef": -0.1}}, "router_aux_loss_coef is -0.1"),
         ({"text_moe": 8}, "text_moe is 8; expected a MoEConfig"),
     ],

@@ -179,6 +179,19 @@ def test_the_copy_that_peft_trains_has_a_bias_of_its_own(tmp_path):
     assert_same(biases(PeftModel.from_pretrained(sparse_model(**ALL_BIASED), tmp_path)), biases(wrapped))
 
 
+@pytest.mark.parametrize(
+    "adapter", [{"modules_to_save": ["text_gate"]}, {"target_parameters": ["text_gate.readout"]}], ids=str
+)
+def test_an_adapter_on_the_text_gate_alone_leaves_the_bias(adapter):
+    gated = BIASED | {"router_type": "attention"}
+    model = sparse_model(**(ALL_BIASED | {"vision_moe": gated}))
+    inputs = batch() | {"mm_token_type_ids": torch.where(batch()["input_ids"] == model.config.image_token_id, 1, 3)}
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], **adapter)).train()
+    backward(wrapped, inputs)
+    torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1).step()
+    assert not any(bias.any() for bias in biases(wrapped).values())
+
+
 def test_the_bias_stays_in_float32(tmp_path):
     model = sparse_model(**ALL_BIASED)
     for router in routers_of(model).values():
