@@ -285,13 +285,22 @@ def another_layers(plan):
 
 
 def no_renorm(plan):
-    plan.config.text_moe.norm_topk_prob = False
+    """What is written says another routing than the plan: one that was asked for would be measured, not judged."""
+    write_processor = plan.write_processor
+
+    def write(folder):
+        write_processor(folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["text_moe"]["norm_topk_prob"] = config["text_config"]["norm_topk_prob"] = False
+        (folder / "config.json").write_text(json.dumps(config))
+
+    plan.write_processor = write
 
 
 MUTANTS = {
     "gate and up swapped": (swap_rows, "layers.1.mlp on random input differs by"),
     "another layer's MLP": (another_layers, "layers.1.mlp on random input differs by"),
-    "weights not renormalised": (no_renorm, "differs by"),
+    "weights not renormalised": (no_renorm, "layers.0.mlp on random input differs by"),
 }
 
 
