@@ -186,18 +186,29 @@ def run_row(name: str, root: Path, settings: DemoSettings) -> dict[str, float]:
     return judge(model, processor, load_chat_data(root / DATA / "test.jsonl"))
 
 
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{round(mean(values), 3) + 0.0:.3f} ± {stdev(values) if len(values) > 1 else 0.0:.3f}"
+
+
+def results(root: Path, name: str) -> dict[str, dict[str, float]]:
+    """What a row came to, by seed."""
+    return {path.parts[-3]: json.loads(path.read_text()) for path in sorted(root.glob(f"seed-*/{name}/{RESULT}"))}
+
+
 def show(root: Path) -> None:
-    """Prints what there is: means over seeds, and their standard deviation."""
+    """Prints what there is: means over seeds, their standard deviation, and the same of what the answers' NLL is above
+    the plain row of each seed.
+    """
     columns = {"nll": "answer NLL", "accuracy": "accuracy", "dead": "dead experts", "imbalance": "imbalance"}
-    print(f"| routing | seeds | {' | '.join(columns.values())} |\n{'|---' * (len(columns) + 2)}|")
+    plain = results(root, "plain")
+    print(f"| routing | seeds | {' | '.join(columns.values())} | NLL above plain |\n{'|---' * (len(columns) + 3)}|")
     for name in ROWS:
-        found = [json.loads(path.read_text()) for path in sorted(root.glob(f"seed-*/{name}/{RESULT}"))]
-        if not found:
+        if not (found := results(root, name)):
             continue
-        values = {key: [one[key] for one in found] for key in columns}
-        spread = {key: stdev(own) if len(own) > 1 else 0.0 for key, own in values.items()}
-        cells = [f"{mean(own):.3f} ± {spread[key]:.3f}" for key, own in values.items()]
-        print(f"| {name} | {len(found)} | {' | '.join(cells)} |")
+        cells = [spread([one[key] for one in found.values()]) for key in columns]
+        above = [one["nll"] - plain[seed]["nll"] for seed, one in found.items() if seed in plain]
+        print(f"| {name} | {len(found)} | {' | '.join(cells)} | {spread(above) if above else ''} |")
 
 
 def main() -> None:

@@ -88,6 +88,15 @@ REWRITTEN = {
 }
 
 
+def describe_rewriting(facts: CardFacts) -> str:
+    """What became of the experts last, and how far results are from those before where they are not the same."""
+    if not facts.rewriting:
+        return ""
+    gaps = ((facts.rewriting.get("gaps") or {}).get("informative") or {}).values()
+    measured = f" (results were moved by up to {max(gaps):.1e} standard deviations)" if gaps else ""
+    return REWRITTEN[facts.rewriting["kind"]] + measured
+
+
 def describe_parameters(facts: CardFacts) -> str:
     """Total and active parameters, and an adapter's own."""
     counted = facts.rewriting.get("parameters") or facts.receipt.get("parameters") or {}
@@ -110,10 +119,9 @@ def what_it_is(facts: CardFacts) -> str:
         kind = f"A LoRA adapter (PEFT) of {of}, a {find_usage(facts).kind} with sparse Mixture-of-Experts layers"
     made = ", made of dense pretrained parents by upcycling" if facts.receipt else ""
     tuned = f", tuned in {len(facts.runs)} stage{'s' if len(facts.runs) > 1 else ''}" if facts.runs else ""
-    rewritten = REWRITTEN[facts.rewriting["kind"]] if facts.rewriting else ""
     changed = ", and changed in a way that is not recorded" if are_recorded(facts) is False else ""
     text = [
-        f"{kind}{made}{tuned}{rewritten}{changed}.",
+        f"{kind}{made}{tuned}{describe_rewriting(facts)}{changed}.",
         facts.notes.description,
         describe_parts(facts),
         describe_parameters(facts),

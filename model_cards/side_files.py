@@ -45,6 +45,7 @@ RECEIPT: dict[str, Any] = {
     "weights?": str,
 }
 REWRITING: dict[str, Any] = {"kind": str, "parameters": {"total": int, "active": int}, "weights?": str}
+REWRITING["gaps?"] = {"informative?": Named(NUMBER)}
 SOURCE: dict[str, Any] = {"name?": str, "hub_id?": str}
 TUNED: dict[str, Any] = SOURCE | {"revision?": str, "license?": LICENCE}
 RUN: dict[str, Any] = {"method?": str, "model?": TUNED, "data?": SOURCE | {"rows?": int}, "eval_data?": SOURCE}

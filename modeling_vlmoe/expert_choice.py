@@ -48,7 +48,8 @@ def with_images(context: RouterContext | None, shape: torch.Size) -> RouterConte
     if len(shape) < 3:
         raise ValueError(
             f"A block whose router_type is {EXPERT_CHOICE!r} is given tokens of all images in one row, "
-            f"{tuple(shape)}, and it is not known which image each is of. Choose another router_type for this part."
+            f"{tuple(shape)}, and it is not known which image each is of, as in the connectors of some VLMs that are "
+            "made sparse in place. Choose another router_type for that part (connector_moe)."
         )
     return replace(context, own_images=PartImages(shape[0]))
 

@@ -76,7 +76,9 @@ def test_the_card_says_what_became_of_the_experts(delta, tmp_path):
     assert "its delta experts summed up to whole ones (`vlmoe densify`)." in card
     assert f"{receipt(out)['parameters']['active']:,} active per token" in card
     small = compress(CompressArguments(out, 2, tmp_path / "small"))
-    assert "compressed to a base and pairs of low rank (`vlmoe compress`)" in (small / "README.md").read_text()
+    card = (small / "README.md").read_text()
+    assert "compressed to a base and pairs of low rank (`vlmoe compress`)" in card
+    assert f"moved by up to {max(receipt(small)['gaps']['informative'].values()):.1e} standard deviations" in card
     model = AutoModelForImageTextToText.from_pretrained(out)
     with torch.no_grad():
         model.lm_head.weight.mul_(2)

@@ -9,6 +9,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_vlmoe import VLMoEForConditionalGeneration
 from modeling_vlmoe.finetune import FinetuneArguments, build_trainer, follow_trainer, lora_config
+from tests import models
+from tests.routers import RouterRow
 from tests.trainers import chats, runs
 
 CHECKPOINTS = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # trl's own default
@@ -28,6 +30,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(method, base, tmp_pat
     assert len(runs.losses(resumed)) == 5
     for name, value in runs.weights(whole).items():
         torch.testing.assert_close(runs.weights(resumed)[name], value, atol=0, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("method", runs.METHODS)
+def test_a_resumed_run_goes_on_with_the_experts_biases(method, base, tmp_path):
+    """Those that checkpoints hold, moved by each step."""
+    processor = AutoProcessor.from_pretrained(base)
+    fields = RouterRow({"use_expert_bias": True}).parts_fields()
+    biased = models.sparse_model(image_token_id=processor.image_token_id, **fields)
+    biased.save_pretrained(tmp_path / "biased")
+    processor.save_pretrained(tmp_path / "biased")
+    found = []
+    for checkpoint in (None, str(tmp_path / "out/checkpoint-3")):
+        model = runs.build_model(tmp_path / "biased", method)
+        trainer = runs.build_trainer(base, model, tmp_path / "out")
+        before = {name: value for name, value in runs.weights(trainer).items() if "expert_bias" in name}
+        trainer.train(resume_from_checkpoint=checkpoint)
+        found.append(runs.weights(trainer))
+    whole, resumed = found
+    trained = [name for name in before if "original_module" not in name]  # of PEFT's copies the one that learns
+    assert trained
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, atol=0, rtol=0, msg=name)
+    assert any(not torch.equal(whole[name], before[name]) for name in trained)
 
 
 # Evaluation
