@@ -147,20 +147,24 @@ def as_it_is() -> Iterator[None]:
 
 
 @torch.no_grad()
-def judge(model: Any, processor: Any, rows: Any) -> dict[str, float]:
-    """What a model makes of held-out questions: NLL per answer token, exact matches, and its experts' load."""
+def judge_answers(model: Any, processor: Any, rows: Any) -> dict[str, float]:
+    """What a model makes of held-out questions: NLL per answer token, and exact matches."""
     collator, total, num_tokens = ChatCollator(processor), 0.0, 0
     model.eval()
-    with RouterLoad(model) as load:
-        for start in range(0, len(rows), EVAL_BATCH):
-            batch = collator([dict(rows[index]) for index in range(start, min(start + EVAL_BATCH, len(rows)))])
-            targets = int((batch["labels"][:, 1:] != -100).sum())
-            total, num_tokens = total + model(**batch).loss.item() * targets, num_tokens + targets
-    shares = [count.sum(0).double() / count.sum() * count.shape[1] for count in load.counts.values()]
+    for start in range(0, len(rows), EVAL_BATCH):
+        batch = collator([dict(rows[index]) for index in range(start, min(start + EVAL_BATCH, len(rows)))])
+        targets = int((batch["labels"][:, 1:] != -100).sum())
+        total, num_tokens = total + model(**batch).loss.item() * targets, num_tokens + targets
     answers = evaluate_vqa(model, processor, rows, batch_size=EVAL_BATCH, max_new_tokens=MAX_ANSWER_TOKENS)
-    return {
-        "nll": total / num_tokens,
-        "accuracy": answers["accuracy"],
+    return {"nll": total / num_tokens, "accuracy": answers["accuracy"]}
+
+
+def judge(model: Any, processor: Any, rows: Any) -> dict[str, float]:
+    """What a sparse model makes of held-out questions, and its experts' load over them."""
+    with RouterLoad(model) as load:
+        answers = judge_answers(model, processor, rows)
+    shares = [count.sum(0).double() / count.sum() * count.shape[1] for count in load.counts.values()]
+    return answers | {
         "dead": mean((share < DEAD_BELOW).double().mean().item() for share in shares),
         "imbalance": mean(share.max().item() for share in shares),
     }
