@@ -230,7 +230,8 @@ def complete_fields(part: str, values: dict[str, Any]) -> dict[str, Any]:
     try:
         return MoEConfig(**{name: _as_typed(name, value) for name, value in values.items()}).to_dict()
     except StrictDataclassError as error:
-        raise ValueError(f"{part}_moe: {error}") from error
+        said = str(error.__cause__ or error).partition(" Errors:")[0].rstrip(".")
+        raise ValueError(f"{part}_moe: {said}. Give a value of that type, or leave the field out.") from error
 
 
 def check_counts(part: str, moe: dict[str, Any]) -> None:

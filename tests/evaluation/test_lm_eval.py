@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests import native_llava
 from tests.models import processor
+from tests.slow import often
 
 COLOURS = ("red", "green", "blue")
 NUM_TOKENS = 6
@@ -124,7 +125,7 @@ def folders(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", often(WAYS, "imported"))
 def test_lm_eval_scores_what_generate_says(way, folders, task, tmp_path):
     score, answers = evaluate(folders[way], task, tmp_path, **WAYS[way])
     assert answers == [said_of(colour) for colour in COLOURS]

@@ -14,6 +14,7 @@ import pytest
 from tests import variable_images
 from tests.modeling_vlmoe.text_gates import GATE
 from tests.models import EXPERTS, sparse_model
+from tests.slow import often
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 ANY_SIZE = Path(__file__).with_name("two_processes_any_size.py")
@@ -50,8 +51,8 @@ def run(script, *arguments, fails=False):
 @pytest.mark.parametrize(
     ("which", "modes"),
     [
-        ("siglip", ["fsdp", "tp", "tp_ep"]),
-        ("clip", ["fsdp_ep"]),
+        ("siglip", ["fsdp", "fsdp_ep", "tp", "tp_ep"]),
+        pytest.param("clip", ["fsdp_ep"], marks=pytest.mark.slow),
         ("shared", ["fsdp_ep", "tp", "tp_ep"]),
         ("delta", ["fsdp"]),
     ],
@@ -61,7 +62,7 @@ def test_two_processes_equal_one(saved, tmp_path, which, modes):
     assert all(f"{mode} equals one process" in said for mode in modes)
 
 
-@pytest.mark.parametrize("mode", ["tp", "fsdp_ep"])
+@pytest.mark.parametrize("mode", often(["tp", "fsdp_ep"], "tp"))
 def test_raises_when_delta_experts_are_to_be_split(saved, tmp_path, mode):
     said = run(SCRIPT, saved["delta"], tmp_path, mode, fails=True)
     what = "Tensor" if mode == "tp" else "Expert"

@@ -7,6 +7,7 @@ import pytest
 from tests import hosts
 from tests.modeling_vlmoe.test_distributed import run
 from tests.modeling_vlmoe.test_in_place import model
+from tests.slow import often
 
 SCRIPT = Path(__file__).with_name("two_processes_in_place.py")
 FAMILIES = ["qwen2_5_vl", "idefics3", "llava_next"]
@@ -22,7 +23,7 @@ def saved(tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", often(FAMILIES, "qwen2_5_vl"))
 def test_two_processes_equal_one(saved, tmp_path, family):
     said = run(SCRIPT, family, saved[family], tmp_path, *MODES)
     assert all(f"{mode} equals one process" in said for mode in MODES)
