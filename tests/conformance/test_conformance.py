@@ -8,6 +8,7 @@ import transformers
 
 from modeling_vlmoe.finetune import follow_trainer
 from modeling_vlmoe.finetune.router_load import find_body
+from tests.slow import often
 
 from . import run
 from .broken import MISTAKES, SPREAD_MISTAKE, made
@@ -29,8 +30,16 @@ def holds(cell: run.Cell) -> None:
     assert cell.gap <= LIMIT
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", KINDS)
+# Every setting under the two trainers that most use, and the one that all need under all; the others are slow.
+EVERY_SETTING = ("Trainer", "TRL SFT")
+CELLS = [
+    pytest.param(name, setting, marks=() if name in EVERY_SETTING or setting == "accumulation" else pytest.mark.slow)
+    for name in KINDS
+    for setting in SETTINGS
+]
+
+
+@pytest.mark.parametrize(("name", "setting"), CELLS)
 def test_the_gradient_is_the_oracles(name, setting):
     holds(right(name, setting, "both"))
 
@@ -41,7 +50,7 @@ def test_each_loss_alone(name, loss):
     holds(right(name, "accumulation", loss))
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("spread", often(SPREADS, "ddp"))
 def test_two_processes(spread):
     cells = measure_spread(spread)
     assert set(cells) == set(KINDS)
@@ -56,6 +65,7 @@ def test_a_mistake_is_found(mistake):
         assert measure(mistake.trainer, mistake.setting, mistake.loss).gap > SMALLEST_MISTAKE
 
 
+@pytest.mark.slow
 def test_a_mistake_among_two_processes_is_found():
     cell = measure_spread("ddp", "--broken", SPREAD_MISTAKE.trainer)[SPREAD_MISTAKE.trainer]
     assert cell.gap > SMALLEST_MISTAKE

@@ -14,6 +14,7 @@ from modeling_vlmoe import routed_pass
 from modeling_vlmoe.finetune import loss_follower
 from tests import hosts
 from tests.modeling_vlmoe.test_in_place import model
+from tests.slow import often
 
 from .broken import nothing_followed
 from .run import SETTINGS, measure
@@ -31,7 +32,7 @@ def processor(family):
     return hosts.processor("idefics3" if family == "smolvlm" and not is_torchvision_available() else family)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=often(FAMILIES, "qwen2_5_vl"))
 def host(request, tmp_path_factory):
     """The folder of a model with unlike experts, and of its processor."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -27,7 +27,7 @@ CELLS = [
     for name in KINDS
     for setting in SETTINGS
     if row.inputs is None and router != "softmax"
-    for is_often in [name in FEW and router in OFTEN and setting == "accumulation"]
+    for is_often in [name == "Trainer" and router in OFTEN and setting == "accumulation"]
     if is_often or name in FEW or setting == "accumulation"
 ]
 

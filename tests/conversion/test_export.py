@@ -16,6 +16,7 @@ from modeling_vlmoe.conversion.upcycle import preview
 from tests import tiny
 from tests.conversion.sparse_checkpoints import FAMILIES, LAYERS, TARGETS, inputs, save_vlmoe
 from tests.models import gap
+from tests.slow import often
 
 LIMIT = 1e-5
 WITHOUT_US = """
@@ -67,7 +68,7 @@ def tell(checkpoint, file):
     torch.save(told, file)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", often(FAMILIES, "llama", "qwen3"))
 def test_exported_model_gives_the_same_logits_and_tokens_without_our_code(tmp_path, run_python, family):
     folders = []
     for vision in tiny.VISION_FAMILIES:

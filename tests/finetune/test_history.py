@@ -76,6 +76,7 @@ def test_every_stage_is_told_in_every_folder(started, arguments, tmp_path, pictu
     assert "output_dir" not in run["settings"]
 
 
+@pytest.mark.slow
 def test_an_edited_card_of_a_result_outlives_a_resumed_run(started, arguments, tmp_path):
     out = finetune(arguments(method="align", model=str(started), save_steps=1))
     edited = (out / "README.md").read_text().replace("## Limits", "## My limits")
@@ -134,6 +135,7 @@ def test_raises_when_the_models_story_is_broken_before_training(started, argumen
     assert not list((tmp_path / "out").glob("*"))
 
 
+@pytest.mark.slow
 def test_an_adapter_merged_by_peft_alone_is_not_taken_for_its_model(started, arguments, tmp_path):
     (started / "README.md").unlink()
     aligned = finetune(arguments(method="align", model=str(started), output_dir=str(tmp_path / "aligned")))

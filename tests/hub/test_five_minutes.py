@@ -1,5 +1,7 @@
 """A user's first five minutes: tune a model of the Hub with TRL, push the adapter; a stranger pulls and merges it."""
 
+import pytest
+
 TUNE = """
 import sys, torch
 torch.set_num_threads(1)
@@ -53,6 +55,7 @@ print(type(model).__module__, processor.decode(output[0, inputs["input_ids"].sha
 """
 
 
+@pytest.mark.slow
 def test_tune_with_trl_push_pull_merge_and_generate(hub, converted, run_python, tmp_path):
     """Tuned where the package is, by the model's name; pulled where it is not."""
     hub.write("alice/tiny", {path.name: path.read_bytes() for path in converted.iterdir() if path.is_file()})

@@ -56,6 +56,7 @@ def test_the_licence_is_that_of_the_revision_that_is_converted(hub, parents, vlm
     assert len(hub.requests) == before
 
 
+@pytest.mark.slow
 def test_offline_a_card_that_was_never_fetched_leaves_the_licence_unknown(hub, parents, vlmoe, run_python, tmp_path):
     fetch = "from huggingface_hub import snapshot_download\nfor name in ('bob/llm', 'carol/vit'):\n"
     fetch += "    snapshot_download(name, allow_patterns=['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja'])"

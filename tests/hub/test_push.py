@@ -65,6 +65,7 @@ def test_a_dry_run_sends_nothing(hub, push_here, made):
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_a_branch_is_made_and_pulled_by_name_and_by_commit(hub, push_here, pull, made, expected):
     push_here(made, revision="next")
     assert not hub.files("alice/tiny")
@@ -105,6 +106,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, push_here, made
     assert set(hub.files("alice/tiny")) == {"a.txt"}
 
 
+@pytest.mark.slow
 def test_a_stranger_saves_and_pushes_it_again(hub, push_here, pull, made, expected, tmp_path):
     push_here(made)
     pull("alice/tiny", expected, code=LOAD_AND_SAVE)

@@ -10,6 +10,7 @@ THEIRS = {"notes.txt": b"theirs", "eval/results.json": b"{}", "model-notes.safet
 RECORDS = ("training_history.json", "evaluation.json", "card_notes.yaml")
 
 
+@pytest.mark.slow
 def test_a_second_push_keeps_code_and_what_others_added(hub, push_here, made):
     first = {
         "training_history.json": "[]",

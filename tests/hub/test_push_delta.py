@@ -1,5 +1,6 @@
 """A model with delta experts goes to the Hub small, and is loaded there without the package."""
 
+import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
@@ -17,6 +18,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_delta_model_is_pushed_and_pulled_by_a_stranger(hub, vlmoe, run_python, tmp_path):
     tiny.save_text_parent(tmp_path / "llm", "llama")
     tiny.save_vision_parent(tmp_path / "vit", "siglip")

@@ -45,7 +45,9 @@ print(type(model).__module__)
 """
 
 
-@pytest.mark.parametrize("callbacks", ["[WholeUploads()]", "None"], ids=["whole", "plain"])
+@pytest.mark.parametrize(
+    "callbacks", ["[WholeUploads()]", pytest.param("None", marks=pytest.mark.slow)], ids=["whole", "plain"]
+)
 def test_what_a_trainer_uploads_is_pulled_by_a_stranger(hub, made, rows, run_python, tmp_path, callbacks):
     expected = tmp_path / "expected.pt"
     code = TRAIN.replace("CALLBACKS", callbacks)

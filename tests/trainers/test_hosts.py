@@ -14,6 +14,7 @@ from modeling_vlmoe.finetune.router_load import RouterLoad
 from tests import hosts
 from tests.modeling_vlmoe.test_in_place import model
 from tests.models import gap
+from tests.slow import often
 from tests.trainers import chats
 
 FAMILIES = ["qwen2_5_vl", "smolvlm"]
@@ -37,7 +38,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=often(FAMILIES, "qwen2_5_vl"))
 def base(request, tmp_path_factory):
     """A family, and the folder of a tiny model of it; narrower than elsewhere, so that there is something to learn."""
     folder = tmp_path_factory.mktemp(request.param)

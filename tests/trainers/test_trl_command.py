@@ -74,6 +74,7 @@ def finish(commands, name):
     return folder
 
 
+@pytest.mark.slow
 def test_trl_sft_without_the_package(commands, run_without_package):
     folder = finish(commands, "sft")
     run_without_package(LOAD.format(folders=[str(folder), str(folder / "checkpoint-2")]))
@@ -81,6 +82,7 @@ def test_trl_sft_without_the_package(commands, run_without_package):
     assert type(model).__module__ == "modeling_vlmoe.modeling_vlmoe"
 
 
+@pytest.mark.slow
 def test_trl_dpo_where_the_package_is_installed(commands):
     folder = finish(commands, "dpo")
     model = AutoModelForImageTextToText.from_pretrained(folder / "checkpoint-2")

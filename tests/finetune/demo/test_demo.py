@@ -49,6 +49,7 @@ def test_the_whole_demo_runs(tmp_path):
         run_demo(root, HANDFUL)
 
 
+@pytest.mark.slow
 def test_the_demo_stops_at_a_parent_that_is_not_good_enough(tmp_path):
     settings = DemoSettings(**(vars(HANDFUL) | {"min_parent_accuracy": 0.95}))
     with pytest.raises(StageError, match=r"expected at least 0\.950"):
