@@ -19,6 +19,9 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	# Apart, for one test: every process that finds torchao imports it, which prints and takes seconds.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/torchao torchao
+	# Apart too: whole, it brings torchvision, timm and thirty packages more. These are what images and text need.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/lmms-eval \
+		lmms-eval loguru tenacity
 	rm -f $(VENV)/.ready-*
 	touch $(READY)
 

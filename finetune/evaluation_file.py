@@ -35,19 +35,21 @@ def write_evaluation(
     result: Mapping[str, Any],
     controls: Mapping[str, Mapping[str, Any]] | None = None,
     data: str | None = None,
+    metric: str = METRIC,
 ) -> Path:
-    """Writes what `evaluate_vqa` found about the model in a folder.
+    """Writes what `evaluate_vqa`, or `vlmoe evaluate`, found about the model in a folder.
 
     Args:
         folder: the model's.
         result: of `evaluate_vqa`.
         controls: results of `evaluate_vqa` or `majority_baseline` on the same questions, by what they are called.
         data: what was asked: a path, of which the name is kept, or a Hub id.
+        metric: what the accuracy is.
 
     Returns:
         The file.
     """
-    values = {"metric": METRIC, "data": None if data is None else describe_source(data), **describe_share(result)}
+    values = {"metric": metric, "data": None if data is None else describe_source(data), **describe_share(result)}
     values["weights"] = fingerprint(Path(folder))
     values["controls"] = {name: describe_share(control) for name, control in (controls or {}).items()}
     path = Path(folder) / EVALUATION_NAME

@@ -23,6 +23,7 @@ from modeling_vlmoe.conversion.routing_arguments import ConvertRoutingArguments
 from modeling_vlmoe.finetune.classifier.arguments import ClassifyArguments
 from modeling_vlmoe.finetune.command import run_finetune, settings_help
 from modeling_vlmoe.finetune.demo.command import run_demo_command
+from modeling_vlmoe.finetune.evaluate.command import run_evaluate
 from modeling_vlmoe.finetune.plan_command import run_plan
 from modeling_vlmoe.finetune.route.command import run_route
 from modeling_vlmoe.logs import hide_bars, set_verbosity
@@ -282,6 +283,7 @@ def run_push(args: PushArguments) -> None:
 
 
 app.command("finetune", epilog=settings_help())(run_finetune)
+app.command("evaluate")(run_evaluate)
 app.command("plan")(run_plan)
 app.command("route")(run_route)
 app.command("backbones")(run_backbones)

@@ -1,0 +1,1 @@
+"""Scores of a checkpoint: tasks over one's own rows, public benchmarks from their files, behind `vlmoe evaluate`."""
