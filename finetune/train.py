@@ -4,7 +4,6 @@
 PosixPath('tuned')
 """
 
-import errno
 import logging
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_vlmoe.model_cards import write_card
 
@@ -34,113 +32,11 @@ from .collator import ChatCollator, check_rows
 from .data import load_chat_data
 from .loss_follower import follow_trainer
 from .planning import RunMemory, explained
-from .settings import SETTINGS_NAME
+from .run_folder import check_images_stay, check_output_folder, empty_folder, make_folder, resume_point
 
 logger = logging.getLogger(__name__)
 
 MERGED = "merged"
-
-
-def _is_inside(path: str | Path, folder: Path) -> bool:
-    """Whether emptying a folder would remove a path."""
-    path, folder = Path(path).resolve(), folder.resolve()
-    return folder in (path, *path.parents)
-
-
-def check_output_folder(args: FinetuneArguments) -> None:
-    """Refuses a result folder that holds something else, and a resume where there is nothing to resume.
-
-    Raises:
-        ValueError: saying which.
-    """
-    folder, checkpoint = args.folder, resume_point(args)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir {folder} is a file; name a folder.")
-    for name in ("model", "data", "eval_data"):
-        given = getattr(args, name)
-        if given and Path(given).exists() and _is_inside(given, folder):
-            raise ValueError(f"output_dir {folder} is or holds the {name} {given}; name another folder.")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if args.force:
-        check_may_be_emptied(args, checkpoint)
-    elif checkpoint is None or not _is_inside(checkpoint, folder):
-        raise ValueError(
-            f"output_dir {folder} is not empty. Name another folder, give resume_from_checkpoint=true to continue its "
-            "own run, or force=true to empty what a run has left."
-        )
-
-
-def check_may_be_emptied(args: FinetuneArguments, checkpoint: str | None) -> None:
-    """Refuses to empty a folder that is not a run's, or that holds what this run starts from."""
-    folder = args.folder
-    if not (folder / SETTINGS_NAME).is_file():
-        raise ValueError(
-            f"force=true empties only what a run has left, but output_dir {folder} has no {SETTINGS_NAME}. Name "
-            "another folder, or empty it yourself."
-        )
-    for name, path in (("recipe", args.recipe), ("checkpoint to continue from", checkpoint)):
-        if path is not None and _is_inside(path, folder):
-            raise ValueError(
-                f"force=true would delete the {name} {path}; name another output_dir, or leave force out."
-            )
-
-
-def check_images_stay(args: FinetuneArguments, rows: Dataset) -> None:
-    """Refuses to empty a folder that holds the data's images."""
-    for row in rows.select_columns(["images"]):
-        for image in row["images"]:
-            if image["bytes"] is None and _is_inside(image["path"], args.folder):
-                raise ValueError(
-                    f"force=true would delete {image['path']}, an image of the data; name another output_dir."
-                )
-
-
-def make_folder(folder: Path) -> None:
-    """Makes the result's folder, before the weights are read.
-
-    Raises:
-        ValueError: if it cannot be, unless for want of space.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        raise ValueError(f"output_dir {folder} cannot be made: {error.strerror}. Name another folder.") from error
-
-
-def empty_folder(folder: Path) -> None:
-    """Removes all that is in a folder."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def resume_point(args: FinetuneArguments) -> str | None:
-    """The checkpoint to continue from: "true" stands for the last one in the output folder.
-
-    Raises:
-        ValueError: if it is not there.
-    """
-    given = args.resume_from_checkpoint
-    if given is None or str(given).lower() in ("no", "false"):
-        return None
-    if str(given).lower() != "true":
-        if not Path(given).is_dir():
-            raise ValueError(
-                f"resume_from_checkpoint is {given}, but there is no such folder; give one of the run's checkpoints, "
-                "or true for the last."
-            )
-        return str(given)
-    last = get_last_checkpoint(str(args.folder)) if args.folder.is_dir() else None
-    if last is None:
-        raise ValueError(
-            f"resume_from_checkpoint is on, but {args.output_dir} holds no checkpoint; leave it out to begin anew."
-        )
-    return last
 
 
 def load_datasets(args: FinetuneArguments) -> tuple[Dataset, Dataset | None]:
