@@ -42,6 +42,7 @@ def test_a_signal_that_ends_it_leaves_nothing(tmp_path, name):
         "import os, signal, time, pathlib\n"
         "from modeling_vlmoe import cli\n"
         "from modeling_vlmoe.conversion.output_folder import whole_or_nothing\n"
+        f"signal.signal(signal.{name}, signal.SIG_DFL)\n"  # under nohup a child is born deaf to SIGHUP
         "def work():\n"
         f"    with whole_or_nothing(pathlib.Path({str(tmp_path / 'out')!r})):\n"
         f"        os.kill(os.getpid(), signal.{name})\n"
