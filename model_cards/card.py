@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from modeling_vlmoe.companions import CARD_NAME, is_rendered, mark_rendered
 
 from . import sections
+from .control_words import describe_control
 from .facts import CardFacts, read_facts
 from .metadata import build_metadata
 from .usages import find_usage
@@ -36,7 +37,7 @@ def render_facts(facts: CardFacts, repo_id: str | None = None) -> str:
         licence=sections.describe_licence(facts),
         upcycling=sections.describe_upcycling(facts),
         training=sections.describe_training(facts),
-        evaluation=sections.describe_evaluation(facts),
+        evaluation="\n\n".join(filter(None, [sections.describe_evaluation(facts), describe_control(facts)])),
         intended_use=sections.describe_use(facts),
         bias=sections.describe_bias(facts),
         limits=sections.describe_limits(facts),

@@ -8,6 +8,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from modeling_vlmoe.companions import HISTORY_NAME, RECEIPT_NAME
 from modeling_vlmoe.conversion.delta_arguments import REWRITE_RECEIPT_NAME
+from modeling_vlmoe.finetune.control.settings import CONTROL_NAME
 from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
 from modeling_vlmoe.finetune.settings import SETTINGS_NAME
 from modeling_vlmoe.recipe_files import read_recipe
@@ -34,6 +35,7 @@ class CardFacts:
         notes: what its makers say.
         weights: their fingerprint.
         has_other_evaluation: whether there is an `evaluation.json` that does not say it is about these weights.
+        control: `control.json`, what a dense control came to, where it is about these weights; else None.
         rewriting: of the last `vlmoe densify` or `vlmoe compress`, where it is about these weights; else empty.
     """
 
@@ -50,6 +52,7 @@ class CardFacts:
     weights: str | None = None
     has_other_evaluation: bool = False
     rewriting: dict[str, Any] = field(default_factory=dict)
+    control: dict[str, Any] | None = None
 
 
 def read_runs(folder: Path) -> list[dict[str, Any]]:
@@ -62,7 +65,9 @@ def read_runs(folder: Path) -> list[dict[str, Any]]:
 
         run = describe_settings(read_recipe(folder / SETTINGS_NAME))
         for source in filter(None, (run["model"], run["data"], run["eval_data"])):
-            source |= {"name": Path(source["name"]).name, "hub_id": None}
+            for one in source.get("sources", []):
+                one |= {"name": Path(one["name"]).name, "hub_id": None}
+            source |= {"name": " + ".join(Path(name).name for name in source["name"].split(" + ")), "hub_id": None}
         runs = [run]
     return runs or []
 
@@ -104,6 +109,7 @@ def read_facts(folder: str | Path) -> CardFacts:
     state = read_side_file(folder, TRAINER_STATE_NAME)
     weights, evaluation = fingerprint(folder), read_side_file(folder, EVALUATION_NAME)
     rewriting = read_side_file(folder, REWRITE_RECEIPT_NAME) or {}
+    control = read_side_file(folder, CONTROL_NAME) or {}
     is_other = evaluation is not None and (weights is None or evaluation.get("weights") != weights)
     return CardFacts(
         name=folder.resolve().name,
@@ -119,4 +125,5 @@ def read_facts(folder: str | Path) -> CardFacts:
         notes=read_notes(folder),
         weights=weights,
         has_other_evaluation=is_other,
+        control=control if weights is not None and control.get("weights") == weights else None,
     )

@@ -65,8 +65,9 @@ def build_metadata(facts: CardFacts) -> ModelCardData:
     """The metadata of a folder's card."""
     ids, relation = base_models(facts)
     is_adapter = facts.adapter is not None
-    data = [run[name].get("hub_id") for run in facts.runs for name in ("data", "eval_data") if run.get(name)]
-    datasets = without_repeats(filter(None, data))
+    data = [run[name] for run in facts.runs for name in ("data", "eval_data") if run.get(name)]
+    sources = [source for one in data for source in one.get("sources") or [one]]
+    datasets = without_repeats(source["hub_id"] for source in sources if source.get("hub_id"))
     given: dict[str, Any] = {
         "base_model": ids,
         "base_model_relation": relation,

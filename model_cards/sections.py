@@ -225,6 +225,8 @@ def describe_run(run: Mapping[str, Any], number: int) -> str:
     data = run.get("data") or {}
     name = f"[{data['hub_id']}](https://huggingface.co/datasets/{data['hub_id']})" if data.get("hub_id") else None
     rows = f"{data['rows']} rows" if data.get("rows") is not None else "rows: not known"
+    if data.get("draws") is not None:
+        rows = f"{data['draws']} draws in a pass"
     steps = f"{run['steps']} steps" if run.get("steps") is not None else "steps: not known"
     model = run.get("model") or {}
     start = f" of {linked(model)}" if model.get("name") else ""
@@ -234,8 +236,15 @@ def describe_run(run: Mapping[str, Any], number: int) -> str:
     )
     return (
         f"{number}. `{run.get('method')}`{start}{revision}: data {name or data.get('name') or 'not known'} ({rows}), "
-        f"{steps}. Settings: {settings or 'not known'}."
+        f"{steps}.{describe_trained(run)} Settings: {settings or 'not known'}."
     )
+
+
+def describe_trained(run: Mapping[str, Any]) -> str:
+    """How much of each part a stage has trained, where that is told."""
+    parts = {part: count for part, count in (run.get("trained") or {}).items() if count["trained"]}
+    said = ", ".join(f"{part} {count['trained']:,} of {count['of']:,}" for part, count in parts.items())
+    return f" Trained parameters: {said}." if said else ""
 
 
 def describe_change(facts: CardFacts) -> str | None:

@@ -14,6 +14,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from modeling_vlmoe.companions import HISTORY_NAME, RECEIPT_NAME
 from modeling_vlmoe.conversion.delta_arguments import REWRITE_RECEIPT_NAME
+from modeling_vlmoe.finetune.control.settings import CONTROL_NAME
 from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
 
 EVAL_RESULTS_NAME, TRAINER_STATE_NAME = "eval_results.json", "trainer_state.json"  # the host's Trainer writes them
@@ -49,11 +50,17 @@ REWRITING["gaps?"] = {"informative?": Named(NUMBER)}
 SOURCE: dict[str, Any] = {"name?": str, "hub_id?": str}
 TUNED: dict[str, Any] = SOURCE | {"revision?": str, "license?": LICENCE}
 RUN: dict[str, Any] = {"method?": str, "model?": TUNED, "data?": SOURCE | {"rows?": int}, "eval_data?": SOURCE}
-RUN |= {"settings?": Named(object), "steps?": int, "weights?": str}
+RUN |= {"settings?": Named(object), "steps?": int, "weights?": str, "trained?": Named({"trained": int, "of": int})}
 SHARE: dict[str, Any] = {"n": int, "accuracy": NUMBER, "interval": (NUMBER, NUMBER)}
 SHARES: dict[str, Any] = SHARE | {"groups?": Named(SHARE)}
 EVALUATION: dict[str, Any] = SHARES | {"metric": str, "data?": SOURCE, "controls?": Named(SHARES), "weights?": str}
+ESTIMATE: dict[str, Any] = {"mean": NUMBER, "std": NUMBER, "interval": (NUMBER, NUMBER)}
+COMPARED: dict[str, Any] = {"n": int, "this model": ESTIMATE, "control": ESTIMATE, "difference": ESTIMATE}
+CONTROLLED: dict[str, Any] = {"name": str, "steps": {"sparse": int, "dense": int}, "differs?": Named(object)}
+CONTROL: dict[str, Any] = {"match": str, "seeds": [int], "data": SOURCE, "stages": [CONTROLLED], "weights?": str}
+CONTROL["measures"] = Named(COMPARED)
 SHAPES: dict[str, Any] = {
+    CONTROL_NAME: CONTROL,
     RECEIPT_NAME: RECEIPT,
     REWRITE_RECEIPT_NAME: REWRITING,
     HISTORY_NAME: [RUN],
