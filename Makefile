@@ -11,7 +11,7 @@ SEED ?= 0
 # How many tests run at once; a file's tests stay together, since they share what is slow to build.
 JOBS ?= auto
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow deepspeed lint format clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,7 +41,14 @@ format: $(READY)
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-test-slow: $(READY)
+# Apart too: transformers and accelerate change what they do where they find it. Only slow tests need it.
+$(VENV)/deepspeed: | $(READY)
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--no-build-isolation --target $@ deepspeed einops hjson msgpack ninja py-cpuinfo
+
+deepspeed: $(VENV)/deepspeed
+
+test-slow: $(READY) $(VENV)/deepspeed
 	$(BIN)/python -m pytest -m slow
 
 clean:

@@ -17,6 +17,8 @@ NATIVE = "native"
 FORMATS = ("vlmoe", NATIVE)
 STRATEGIES = ("default", "full")
 CONTAINERS = re.compile(r"\w+\[[^]]*\]")  # of an annotation: list[int]
+# Every second layer of the LLM, however many it has, and the first of them.
+EVERY_SECOND = {"even": 0, "odd": 1}
 MOST_LAYERS = 10_000  # a layer beyond it is a slip of the keyboard, and a range up to it would fill the memory
 
 
@@ -42,7 +44,7 @@ class UpcycleArguments:
         "Experts per sparse layer of the LLM; not given: it stays dense, but gets 8 when no part is given any."
     )
     text_top_k: int | None = option("Experts each token of the LLM is sent to; not given: 2.")
-    text_layers: str | None = option("Sparse layers of the LLM; not given: all.")
+    text_layers: str | None = option("Sparse layers of the LLM; `even` or `odd`: every second; not given: all.")
     text_router: str | None = option("Router of the LLM's experts: softmax or sigmoid; not given: softmax.")
     text_moe: dict[str, Any] | str | None = option(  # noqa: RUF009 (it is a field)
         "Any other fields of the LLM's MoEConfig: a mapping in a recipe, `field: value, field: value` as a flag.",
@@ -143,13 +145,15 @@ def check_type(name: str, value: Any, default: Any, annotation: Any, origin: str
 
 
 def parse_layers(given: str | int | Iterable[int] | None, name: str) -> list[int] | None:
-    """Reads a choice of layers: `0,1,4`, `4-11`, a list, or None.
+    """Reads a choice of layers: `0,1,4`, `4-11`, a list, or None; of `even` and `odd` more than any LLM has.
 
     Raises:
         ValueError: naming the option, when it is none of these.
     """
     if given is None:
         return None
+    if name == "text_layers" and isinstance(given, str) and given in EVERY_SECOND:
+        return list(range(EVERY_SECOND[given], MOST_LAYERS, 2))
     if not isinstance(given, str):
         given = ",".join(map(str, [given] if isinstance(given, int) else given))
     layers: list[int] = []

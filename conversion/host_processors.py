@@ -20,7 +20,9 @@ from transformers.utils import (
 )
 
 from modeling_vlmoe.companions import CARRIED
+from modeling_vlmoe.finetune.control.settings import CONTROL_NAME
 from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
+from modeling_vlmoe.finetune.watch.account import ALARMS_NAME
 from modeling_vlmoe.model_cards.side_files import EVAL_RESULTS_NAME, TRAINER_STATE_NAME
 
 from .delta_arguments import REWRITE_RECEIPT_NAME
@@ -28,9 +30,10 @@ from .host_processor_classes import IMAGE, VIDEO, processor_class_of
 from .parents import BROKEN, WANTED_FILES, Parent
 
 # In a parent's folder, but not its processor's; weights and their index are told by their names' ends.
-RESULTS = (EVALUATION_NAME, EVAL_RESULTS_NAME, TRAINER_STATE_NAME, "train_results.json", "all_results.json")
+RESULTS = (EVALUATION_NAME, EVAL_RESULTS_NAME, CONTROL_NAME, ALARMS_NAME, TRAINER_STATE_NAME)
+OF_RUNS = ("train_results.json", "all_results.json", "checkpoint_files.json")  # the last: finetune/chain
 RECEIPTS = (*CARRIED, REWRITE_RECEIPT_NAME)
-OTHERS = {CONFIG_NAME, GENERATION_CONFIG_NAME, ADAPTER_CONFIG_NAME, *RECEIPTS, *RESULTS}
+OTHERS = {CONFIG_NAME, GENERATION_CONFIG_NAME, ADAPTER_CONFIG_NAME, *RECEIPTS, *RESULTS, *OF_RUNS}
 WEIGHTS = (".safetensors", ".index.json")
 TEMPLATES = "additional_chat_templates"
 # What processors call the placeholder of an image in a text, the one that they read first.

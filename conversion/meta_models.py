@@ -5,13 +5,15 @@ A mapped model holds no weights of its own: what a Linear, an embedding or a sta
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.integrations import deepspeed
 
 from modeling_vlmoe import VLMoEForConditionalGeneration
 from modeling_vlmoe.delta_experts import DeltaExperts
@@ -24,9 +26,24 @@ FEWEST_MAPPED = 2**22  # numbers of an embedding
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Within it models are built and loaded whole, also in a run under DeepSpeed's ZeRO-3: there each would be split,
+    and wait until every process builds it.
+    """
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    config = None if held is None else held()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
+
+
 def build_on_meta(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     """Builds a model of float32 parameters that take no memory."""
-    with torch.device("meta"), init.meta_device_safe_creation_ops(), init.no_init_weights():
+    with whole_models(), torch.device("meta"), init.meta_device_safe_creation_ops(), init.no_init_weights():
         return build().eval()
 
 

@@ -13,7 +13,7 @@ from modeling_vlmoe.text_head import find_head
 from modeling_vlmoe.visible_marks import find_answer_tokens
 from modeling_vlmoe.visible_text import parts_reading_text
 
-from .arguments import UpcycleArguments, parse_layers
+from .arguments import EVERY_SECOND, UpcycleArguments, parse_layers
 from .assignments import DenseTensor
 from .connector_init import DrawnConnector
 from .dense_tensors import DenseTensors, find_dense_tensors
@@ -75,6 +75,12 @@ def asked_experts(args: UpcycleArguments) -> dict[str, dict[str, Any]]:
             flag = FLAGS[next(iter(given))].format(part=part) if given else f"--{part}-moe"
             raise ValueError(f"{flag} is given, but this part stays dense; give --{part}-experts too.")
     return asked
+
+
+def fit_layers(args: UpcycleArguments, asked: dict[str, dict[str, Any]], num_layers: int) -> None:
+    """Makes every second layer, where it is asked for, every second of those that the LLM has."""
+    if args.text_layers in EVERY_SECOND and "text" in asked:
+        asked["text"]["layers"] = [layer for layer in asked["text"]["layers"] if layer < num_layers]
 
 
 def build_dense_config(
@@ -213,6 +219,9 @@ def plan_upcycle(args: UpcycleArguments) -> UpcyclePlan:
     """
     choose_drawing(args)
     asked, parents = asked_experts(args), open_parents(args)
+    if args.text_layers in EVERY_SECOND:
+        text = parents.get("text") or parents["vlm"]
+        fit_layers(args, asked, text.tower_config.get_text_config().num_hidden_layers)
     if "vlm" in parents and is_host(parents["vlm"].config):
         return plan_in_place(args, asked, parents["vlm"])
     return plan_composite(args, asked, parents)

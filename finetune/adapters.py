@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modeling_vlmoe.configuration_vlmoe import VLMoEConfig
 from modeling_vlmoe.delta_experts import DeltaExperts, delta_experts, freeze_bases
-from modeling_vlmoe.mlp_layouts import LINEARS, MLP_NAMES, find_spread_layout
+from modeling_vlmoe.mlp_layouts import LINEARS
 from modeling_vlmoe.modeling_in_place import is_in_place
 from modeling_vlmoe.moe_config import PARTS
 from modeling_vlmoe.parts import find_towers, trainable_connector_path
@@ -33,6 +33,9 @@ from modeling_vlmoe.routed_lora import is_wrapper, set_expert_dropout
 from modeling_vlmoe.towers import sparse_blocks, tower_layers
 
 from .settings import FinetuneSettings, check_lora_words, nearest
+from .trained.cells import mlp_names
+from .trained.methods import prepare_whole
+from .trained.whole_modules import whole_modules
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ OWN_FIELDS = {
     "r": "lora_r",
     "target_modules": "lora_parts and lora_targets",
     "target_parameters": "lora_parts and lora_targets",
-    "modules_to_save": "train_routers and train_connector",
+    "modules_to_save": "train_routers, train_connector and train",
     "revision": "model_revision",
 }
 # What PEFT (0.21) cannot do on a stack of weights, by field: the values it can take.
@@ -74,16 +77,9 @@ def useful_layers(model: Any, part: str) -> Iterator[tuple[str, nn.Module]]:
         yield f"{prefix}.{index}", layers[index]
 
 
-def _mlp_names(layer: nn.Module) -> set[str]:
-    """The children of a layer that are its MLP, dense or sparse, or pieces of it."""
-    names = {name for name in MLP_NAMES if isinstance(getattr(layer, name, None), nn.Module)}
-    spread = None if names else find_spread_layout(layer)
-    return names if spread is None else {name.partition(".")[0] for name in spread.linears}
-
-
 def lora_modules(layer: nn.Module, targets: list[str]) -> list[str]:
     """The Linears of one layer that get LoRA, by their names in it."""
-    mlps = _mlp_names(layer)
+    mlps = mlp_names(layer)
     is_sparse = bool(sparse_blocks(layer))
     names = []
     for name, child in layer.named_modules():
@@ -212,6 +208,8 @@ def lora_config(
                 whole += [f"{prefix}.{path}.router" for path, _ in sparse_blocks(layer)]
     if settings.train_connector:
         whole.append(whole_connector(model))
+    if settings.train:
+        whole += whole_modules(model, settings.train, [*modules, *parameters], whole)
     check_layouts(model, modules, parameters)
     if not modules and not parameters:
         deltas = [name for name in whole if name.endswith(".deltas")]
@@ -267,11 +265,17 @@ def prepare_model(model: PreTrainedModel, settings: FinetuneSettings) -> PreTrai
     """The model with exactly the recipe's parameters trainable.
 
     Returns:
-        The model itself for `align`, a `PeftModel` around it for `lora`.
+        The model itself for `align`, `delta` and `full`, a `PeftModel` around it for `lora`.
+
+    Raises:
+        ValueError: for what cannot be trained, by name.
     """
     set_loss_weights(model.config, settings.router_aux_loss_coef, settings.router_z_loss_coef)
     if settings.method == "align":
         freeze_but_connector(model)
+        return model
+    if settings.method != "lora":
+        prepare_whole(model, settings)
         return model
     dropout = settings.lora_dropout if adapted_parts(model.config, settings) else 0.0
     given: dict[str, Any] = {"lora_dropout": 0.0} if dropout else {}

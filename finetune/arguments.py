@@ -5,6 +5,7 @@ FinetuneArguments(method='lora', ...)
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -17,18 +18,25 @@ from transformers.integrations import is_tensorboard_available
 
 from modeling_vlmoe import recipe_files
 
-from .recipes import shipped_recipes
-from .settings import DTYPES, METHODS, FinetuneSettings, check_lora_words, nearest
+from .data_formats.checks import check_data_settings, split_sources
+from .heard import check_heard
+from .recipes import shipped_chains, shipped_recipes
+from .settings import DTYPES, METHODS, FinetuneSettings, check_lora_words, is_heard, nearest
+from .trained.checks import check_trained
+from .trained.schedules import check_warms_up
 
 REQUIRED = ("model", "data", "output_dir")
 # Settings that count something, of which there has to be one at least.
 COUNTS = (
     "max_length",
     "lora_r",
+    "schedule_steps",
     "gradient_accumulation_steps",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
 )
+# Settings that are a number of 0 or more.
+AMOUNTS = ("learning_rate", "weight_decay", "warmup_steps", "router_aux_loss_coef", "router_z_loss_coef")
 
 
 @dataclass
@@ -43,6 +51,8 @@ class FinetuneArguments(FinetuneSettings, TrainingArguments):
         default=False, metadata={"help": "Has to stay off: the collator reads the columns `messages` and `images`."}
     )
     recipe: Path | None = field(default=None, init=False)  # the file that these settings were read from
+    trained: dict[str, list[int]] | None = field(default=None, init=False)  # of each part: trained, and all numbers
+    stage_prefix: str | None = field(default=None, init=False)  # `align.` in a chain of several; None outside of one
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +61,7 @@ class FinetuneArguments(FinetuneSettings, TrainingArguments):
         if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # the host would warn that there is nothing to pin for
         self._check_choices()
+        check_data_settings(self)
         self._check_numbers()
         self._check_schedule()
         if self.remove_unused_columns:
@@ -74,16 +85,41 @@ class FinetuneArguments(FinetuneSettings, TrainingArguments):
             if (word := getattr(self, name)) not in known:
                 raise ValueError(f"{name} is {word!r}; expected one of {', '.join(known)}.{nearest([word], known)}")
 
+        check_trained(self)
+
     def _check_numbers(self) -> None:
         """Refuses numbers out of range."""
         for name in COUNTS:
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name} is {number}; expected 1 or more.")
+        for name in AMOUNTS:
+            if (amount := getattr(self, name)) is not None and not 0 <= amount < math.inf:
+                raise ValueError(f"{name} is {amount}; expected a number of 0 or more.")
+        self._check_length()
+        if self.watch_steps < 0:
+            raise ValueError(f"watch_steps is {self.watch_steps}; expected 0 (never) or more.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; expected 0 or more, below 1.")
 
+    def _check_length(self) -> None:
+        """Refuses a run of no step."""
+        if self.max_steps < -1 or self.max_steps == 0:
+            raise ValueError(
+                f"max_steps is {self.max_steps}; expected 1 or more, or leave it out and give num_train_epochs."
+            )
+        if self.max_steps < 1 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(
+                f"num_train_epochs is {self.num_train_epochs}; expected more than 0, or give max_steps in its place."
+            )
+
     def _check_schedule(self) -> None:
         """Refuses what the learning rate's schedule does not take, by building it around nothing."""
+        start, total = self.schedule_start, self.schedule_steps
+        if start is not None and (total is None or not 0 <= start < total):
+            raise ValueError(
+                f"schedule_start is {start}, but schedule_steps is {total}; give schedule_steps, the length of the "
+                "whole schedule, and a start from 0 on that is below it."
+            )
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
         try:
             get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.lr_scheduler_kwargs)  # type: ignore[arg-type]
@@ -92,6 +128,7 @@ class FinetuneArguments(FinetuneSettings, TrainingArguments):
                 f"lr_scheduler_kwargs {self.lr_scheduler_kwargs} do not fit lr_scheduler_type "
                 f"{_plain(self.lr_scheduler_type)}: {error}. Choose others, or leave them out."
             ) from error
+        check_warms_up(self)
 
     @property
     def folder(self) -> Path:
@@ -104,8 +141,13 @@ class FinetuneArguments(FinetuneSettings, TrainingArguments):
         return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
 
     def settings(self) -> dict[str, Any]:
-        """The resolved recipe: our fields, and of `TrainingArguments` what differs from its defaults."""
-        own = {item.name: _plain(getattr(self, item.name)) for item in fields(FinetuneSettings)}
+        """The resolved recipe: our fields, and of `TrainingArguments` what differs from its defaults; of what the
+        method does not hear, the default.
+        """
+        own = {
+            item.name: _plain(getattr(self, item.name) if is_heard(item.name, self.method) else _default(item))
+            for item in fields(FinetuneSettings)
+        }
         host = {
             item.name: _plain(getattr(self, item.name)) for item in fields(self) if item.name not in (*own, *_DERIVED)
         }
@@ -128,6 +170,8 @@ _DERIVED = (
     "label_names",
     "local_rank",
     "recipe",
+    "stage_prefix",
+    "trained",
 )
 
 
@@ -159,7 +203,7 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if there is no such recipe, or it is not a mapping.
     """
-    shipped = shipped_recipes()
+    shipped = shipped_recipes() | shipped_chains()
     return recipe_files.read_recipe(
         shipped.get(str(recipe), recipe), f": expected a YAML file, or one of {', '.join(shipped)}"
     )
@@ -190,6 +234,8 @@ def parse_settings(values: dict[str, Any], origin: str = "the settings") -> Fine
         ValueError: for unknown keys, with the nearest known names, and for values of the wrong type.
     """
     known = {item.name: item for item in fields(FinetuneArguments) if item.init}
+    if "stages" in values:
+        raise ValueError(f"{origin} has stages, which only `vlmoe finetune` takes; give a recipe of one stage.")
     if unknown := sorted(map(str, set(values) - set(known))):
         raise ValueError(
             f"{origin} has unknown keys: {', '.join(unknown)}."
@@ -202,7 +248,9 @@ def parse_settings(values: dict[str, Any], origin: str = "the settings") -> Fine
     for name, value in given.items():
         if value is False and "bool" not in str(known[name].type):
             value = "no"  # YAML reads `eval_strategy: no` as false
-        if isinstance(value, str) and "list[str]" in str(known[name].type):
+        if name == "data" and isinstance(value, str):
+            value = split_sources(value)
+        elif isinstance(value, str) and ("list[str]" in (kind := str(known[name].type)) or "list[float]" in kind):
             value = [part.strip() for part in value.split(",")]
         words += [f"--{name}", *_words(value)] if isinstance(value, list) else [f"--{name}={_words(value)[0]}"]
     parser = _Parser(cast(Any, FinetuneArguments), allow_abbrev=False)
@@ -229,6 +277,8 @@ def parse_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> FinetuneA
     Raises:
         ValueError: naming the key or the value that is wrong.
     """
-    args = parse_settings(read_recipe(recipe) | read_overrides(overrides), f"Recipe {recipe}")
+    values, given = read_recipe(recipe), read_overrides(overrides)
+    args = parse_settings(values | given, f"Recipe {recipe}")
+    check_heard(values, given, f"Recipe {recipe}")
     args.recipe = Path(shipped_recipes().get(str(recipe), recipe)).resolve()
     return args

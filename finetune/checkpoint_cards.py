@@ -17,10 +17,10 @@ class CheckpointCards(TrainerCallback):
 
     Args:
         args: the recipe.
-        num_rows: rows of the training data.
+        num_rows: rows of the training data; None: of a stream nobody knows.
     """
 
-    def __init__(self, args: FinetuneArguments, num_rows: int):
+    def __init__(self, args: FinetuneArguments, num_rows: int | None):
         self.args = args
         self.num_rows = num_rows
 

@@ -1,7 +1,7 @@
 """What a run leaves behind, how it is loaded again, and how an adapter is merged.
 
-`align` writes a full checkpoint, `lora` an adapter in PEFT's form; both with the processor, with the receipt of the
-upcycling they started from, where there is one, with the history of the training, and with a card.
+`lora` writes an adapter in PEFT's form, every other method a full checkpoint; both with the processor, with the
+receipt of the upcycling they started from, where there is one, with the history of the training, and with a card.
 """
 
 import shutil
@@ -38,15 +38,24 @@ def load_base(
     experts_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    **given: Any,
 ) -> PreTrainedModel:
     """The model to tune, through the Auto classes.
+
+    Args:
+        model: a folder or a Hub id.
+        dtype: as a recipe says it.
+        experts_implementation: the experts' kernel; None takes transformers' choice.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: whether the model's own code may run.
+        **given: for `from_pretrained`, such as how weights are packed.
 
     Raises:
         ValueError: if there is none, it is not a vlmoe model, or a file that a run's story is told from is broken.
     """
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     check_base(load_base_config(model, revision, trust_remote_code), model)
-    kernel = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
+    kernel = given if experts_implementation is None else {"experts_implementation": experts_implementation, **given}
     try:
         base = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, use_safetensors=True, **kernel, **hub)
     except (OSError, SafetensorError) as error:
@@ -165,7 +174,7 @@ def tell_of_run(
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if RECEIPT_NAME in base.companions and not (folder / RECEIPT_NAME).exists():
         (folder / RECEIPT_NAME).write_text(base.companions[RECEIPT_NAME], encoding="utf-8")
-    write_history(folder, base, describe_run(args.settings(), base, num_rows, state))
+    write_history(folder, base, describe_run(args.settings(), base, num_rows, state, args.trained))
 
 
 def save_finetuned(
@@ -175,6 +184,7 @@ def save_finetuned(
     args: FinetuneArguments,
     num_rows: int | None = None,
     state: TrainerState | None = None,
+    state_dict: dict[str, Any] | None = None,
 ) -> Path:
     """Writes the adapter or the full model, the processor, the receipt, the history, the resolved recipe and the card.
 
@@ -185,14 +195,16 @@ def save_finetuned(
         args: the recipe.
         num_rows: rows of the training data, for the history.
         state: the Trainer's, for the history.
+        state_dict: the weights, where the model does not hold them itself (ZeRO-3).
     """
+    given: dict[str, Any] = {} if state_dict is None else {"state_dict": state_dict}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with keep_edited_card(folder):
         if isinstance(model, PeftModel):
-            model.save_pretrained(str(folder))
+            model.save_pretrained(str(folder), **given)
         else:
-            model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+            model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE, **given)
         processor.save_pretrained(folder)
         (folder / EVAL_RESULTS_NAME).unlink(missing_ok=True)  # of a run that this one continues
         drop_stale_evaluation(folder)

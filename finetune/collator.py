@@ -97,7 +97,8 @@ def check_rows(
         num_images = len(row["images"] or [])
         if needs_images and not num_images:
             raise ValueError(
-                f"{where_is(row)} has no image, but method align trains the connector alone; leave text-only rows out."
+                f"{where_is(row)} has no image, but method align, or a train that leaves the LLM out, trains only "
+                "what images reach; leave text-only rows out."
             )
         check_text(row, chats.image_tokens)
         chats.check(row)

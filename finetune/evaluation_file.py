@@ -10,13 +10,13 @@ the LLM alone, the dense model. The model card shows the file as it is.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from modeling_vlmoe.weight_fingerprint import fingerprint
 
-from .sources import describe_source
+from .sources import describe_sources
 
 EVALUATION_NAME = "evaluation.json"
 METRIC = "exact match of the normalised answer, with 95 % Wilson intervals"
@@ -34,7 +34,7 @@ def write_evaluation(
     folder: str | Path,
     result: Mapping[str, Any],
     controls: Mapping[str, Mapping[str, Any]] | None = None,
-    data: str | None = None,
+    data: str | Sequence[str] | None = None,
     metric: str = METRIC,
 ) -> Path:
     """Writes what `evaluate_vqa`, or `vlmoe evaluate`, found about the model in a folder.
@@ -43,13 +43,13 @@ def write_evaluation(
         folder: the model's.
         result: of `evaluate_vqa`.
         controls: results of `evaluate_vqa` or `majority_baseline` on the same questions, by what they are called.
-        data: what was asked: a path, of which the name is kept, or a Hub id.
+        data: what was asked: a path, of which the name is kept, or a Hub id; or several.
         metric: what the accuracy is.
 
     Returns:
         The file.
     """
-    values = {"metric": metric, "data": None if data is None else describe_source(data), **describe_share(result)}
+    values = {"metric": metric, "data": None if data is None else describe_sources(data), **describe_share(result)}
     values["weights"] = fingerprint(Path(folder))
     values["controls"] = {name: describe_share(control) for name, control in (controls or {}).items()}
     path = Path(folder) / EVALUATION_NAME

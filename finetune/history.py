@@ -14,8 +14,9 @@ from modeling_vlmoe.companions import CARD_NAME, HISTORY_NAME
 from modeling_vlmoe.model_cards.licences import stated_licence
 from modeling_vlmoe.weight_fingerprint import fingerprint
 
-from .settings import FinetuneSettings
-from .sources import describe_source
+from .data_formats.names import AUTO
+from .settings import METHODS, is_heard
+from .sources import describe_source, describe_sources
 
 # Settings that are told apart, and those that are about the machine or about what a run writes while it runs.
 TOLD_APART = ("method", "model", "model_revision", "data", "eval_data")
@@ -33,11 +34,28 @@ NOT_ABOUT_THE_MODEL = (
     "push_to_hub",
     "run_name",
     "log_router_load",
+    "router_alarms",
+    "image_folder",
+    "ignore_data_skip",
+    "watch",
+    "watch_steps",
+    "fsdp_size",
+    "save_only_model",
+    "ddp_find_unused_parameters",
+    "ep_size",
     "logging_steps",
     "save_strategy",
     "save_steps",
     "save_total_limit",
 )
+OF_STREAMS = ("streaming", "shuffle_buffer")
+
+
+def is_said(name: str, settings: dict[str, Any]) -> bool:
+    """Whether a setting of how data are read says something: a form that was named, and of a stream how it is read."""
+    if name == "data_format":
+        return bool(settings[name] != AUTO)
+    return name not in OF_STREAMS or bool(settings.get("streaming"))
 
 
 def describe_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -49,40 +67,43 @@ def describe_settings(settings: dict[str, Any]) -> dict[str, Any]:
         if name not in (*TOLD_APART, *NOT_ABOUT_THE_MODEL)
         and value is not None
         and not (isinstance(value, str) and Path(value).is_absolute())
-        and (told["method"] == "lora" or not is_for_lora(name))
+        and is_said(name, settings)
+        and is_heard(name, told["method"] or METHODS[0])
     }
     return {
         "method": told["method"],
         "model": describe_source(told["model"]) | {"revision": told["model_revision"]} if told["model"] else {},
-        "data": describe_source(told["data"]) if told["data"] else None,
+        "data": describe_sources(told["data"]) if told["data"] else None,
         "eval_data": describe_source(told["eval_data"]) if told["eval_data"] else None,
         "settings": kept,
     }
 
 
-def is_for_lora(name: str) -> bool:
-    """Whether a setting says nothing where the method is not `lora`."""
-    return name in vars(FinetuneSettings()) and name.startswith(("lora_", "train_routers", "train_connector"))
-
-
 def describe_run(
-    settings: dict[str, Any], base: Any, num_rows: int | None = None, state: TrainerState | None = None
+    settings: dict[str, Any],
+    base: Any,
+    num_rows: int | None = None,
+    state: TrainerState | None = None,
+    trained: dict[str, list[int]] | None = None,
 ) -> dict[str, Any]:
     """A run with what it found: the tuned model's commit and licence, the data's rows, the steps taken.
 
     Args:
         settings: the resolved recipe.
         base: the model that was tuned.
-        num_rows: rows of the training data.
+        num_rows: rows of the training data; with `data_weights` the rows that a pass draws of them.
         state: the Trainer's.
+        trained: for each part the numbers that were trained, and its own.
     """
     run = describe_settings(settings)
     if run["model"]:
         run["model"]["revision"] = getattr(base.config, "_commit_hash", None) or run["model"]["revision"]
         run["model"]["license"] = stated_licence(base.companions.get(CARD_NAME, ""))
     if run["data"]:
-        run["data"]["rows"] = num_rows
+        run["data"]["draws" if settings.get("data_weights") else "rows"] = num_rows
     run["steps"], run["epochs"] = (None, None) if state is None else (state.global_step, state.epoch)
+    if trained is not None:
+        run["trained"] = {part: {"trained": learnt, "of": own} for part, (learnt, own) in trained.items()}
     return run
 
 

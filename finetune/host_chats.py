@@ -19,7 +19,7 @@ from modeling_vlmoe.chat_templates import TEMPLATE_ERRORS
 from modeling_vlmoe.conversion.parents import BROKEN
 
 from .answer_spans import Span, find_answers
-from .data import image_size
+from .image_files import image_size
 from .rows import Conversation, where_is
 
 OFFSETS, REPLACED = "offset_mapping", "text_replacement_offsets"

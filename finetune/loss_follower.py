@@ -19,6 +19,7 @@ from modeling_vlmoe.router_losses import FollowedLoss
 
 from .callbacks import log_router_load
 from .router_load import find_body
+from .routing_alarms import AlarmLimits
 
 
 def is_scaled(trainer: Trainer, num_items_in_batch: Any) -> bool:
@@ -58,13 +59,16 @@ def micro_batch_share(trainer: Trainer, targets: Tensor | None, num_items_in_bat
     return (targets != -100).sum() * num_processes / total
 
 
-def follow_trainer(trainer: Trainer, log_load: bool = True, has_alarms: bool = True) -> None:
+def follow_trainer(
+    trainer: Trainer, log_load: bool = True, has_alarms: bool = True, limits: AlarmLimits | None = None
+) -> None:
     """Makes a vlmoe model's router losses follow a trainer, and be logged.
 
     Args:
         trainer: transformers' Trainer or one of TRL's, before `train()`.
         log_load: whether the experts' load and the losses are logged, per layer.
         has_alarms: whether then a warning is given, once each, of what is wrong with the routing.
+        limits: when; see `AlarmLimits`.
 
     Raises:
         ValueError: if the trainer's model is not a vlmoe model.
@@ -89,4 +93,4 @@ def follow_trainer(trainer: Trainer, log_load: bool = True, has_alarms: bool = T
     find_body(cast(nn.Module, trainer.model))
     trainer.compute_loss = followed  # type: ignore[method-assign]
     if log_load:
-        log_router_load(trainer, has_alarms)
+        log_router_load(trainer, has_alarms, limits)

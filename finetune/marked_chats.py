@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .data import open_image
+from .image_files import open_image
 from .rows import Conversation, where_is
 
 

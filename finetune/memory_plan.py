@@ -4,9 +4,10 @@ numbers, and what they would take is counted.
 Counted is what tensors take in a step that is not the first, so that the optimizer has its states: forward and
 backward of one batch. Not counted is what a device keeps for itself (`RESERVE`), and what a loader's processes take.
 
-Experts run by the kernels that they have on the device that is planned for; all else as on a CPU. Two simplifications:
-all experts get as many tokens, and experts of the full kind are taken as no longer alike (while they are still copies,
-LoRA on them takes a little less).
+Experts run by the kernels that they have on the device that is planned for; all else as on a CPU. Three
+simplifications: all experts get as many tokens; experts of the full kind are taken as no longer alike (while they are
+still copies, LoRA on them takes a little less); and weights that a recipe packs (`quantize_bits`) are counted by their
+sizes, the step being run with whole ones.
 """
 
 from collections.abc import Sequence
@@ -22,9 +23,11 @@ from transformers import Trainer
 
 from .arguments import FinetuneArguments
 from .gpus import CPU, GB, Device
-from .hollow_models import HollowOperations, build_hollow, planned_for
+from .hollow_models import build_hollow
+from .hollow_operations import HollowOperations, planned_for
 from .memory_trace import OTHER, MemoryTrace, bytes_of
 from .plan_batch import Batch
+from .trained.packed_bytes import packing_saves
 
 # What the driver's context and the gaps between tensors take of a GPU.
 RESERVE = int(1.0 * GB)
@@ -139,5 +142,9 @@ def estimate(config: Any, args: FinetuneArguments, batch: Batch, device: Device 
             ) from error
     parts = {part: trace.peak_kinds.get(part, 0) for part in PARTS}
     parts[OPTIMIZER] = optimizer_bytes(args, trained)
+    if args.quantize_bits is not None:
+        saved, unpacked = packing_saves(model, args)
+        parts[WEIGHTS] -= saved
+        parts[OTHER] += unpacked
     num_rows, length = batch["input_ids"].shape
     return MemoryPlan(parts, num_rows, length, sum(parameter.numel() for parameter in trained))

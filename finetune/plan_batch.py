@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from .collator import IGNORED, ChatCollator, count_tokens
-from .data import image_size
+from .image_files import image_size
 from .rows import where_is
 
 Batch = dict[str, Tensor]

@@ -19,7 +19,9 @@ from .hollow_models import load_any_config
 from .memory_plan import RESERVE, MemoryPlan
 from .plan_words import NOTHING_LOWER, fit, gigabytes, list_remedies, name_device, one_line, packed, table
 from .remedies import estimate_largest, find_remedies, three_remedies
+from .scale.sizes import is_in_pieces
 from .smaller_batches import DataBatches, ExampleBatches
+from .watch.account import NO_MEMORY, Notice, TrainingFailed
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +145,8 @@ class RunMemory:
 
     def plan(self) -> tuple[MemoryPlan, DataBatches, Device]:
         """The plan, what makes batches of the data, and the device."""
+        if is_in_pieces(self.args):
+            raise ValueError("each process holds a piece of the model: expected a whole one, as on one process")
         make_batches, device = DataBatches(self.processor, self.rows), device_here(self.args)
         batches = make_batches(self.args.per_device_train_batch_size)
         return estimate_largest(self.config, self.args, batches, device), make_batches, device
@@ -194,9 +198,10 @@ def explained(memory: RunMemory) -> Iterator[None]:
     except (RuntimeError, MemoryError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))  # which step, of which rows
+        said = (str(error).strip() or type(error).__name__).splitlines()[0] + notes
         traceback.clear_frames(error.__traceback__)  # they hold the model
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    raise ValueError(memory.after(said))
+    raise TrainingFailed(Notice(NO_MEMORY, None, memory.after(said)))

@@ -62,6 +62,7 @@ def _as_delta(config: Any) -> Any:
 def _setting(price: str, **settings: Any) -> _Change:
     """A change of settings, as a command line gives them."""
     words = {name: str(value).lower() if isinstance(value, bool) else value for name, value in settings.items()}
+    words |= {name: "null" for name, value in settings.items() if value is None}
     values = {name: ",".join(value) if isinstance(value, list) else value for name, value in words.items()}
     return _Change(" ".join(f"{name}={value}" for name, value in values.items()), price, settings)
 
@@ -100,11 +101,31 @@ def _less_learnt(config: Any, args: FinetuneArguments) -> Iterator[_Change]:
         yield _setting("experts and MLPs do not learn", lora_targets=["attention"])
     if set(args.lora_parts) == {"text", "vision"}:
         yield _setting("the ViT does not learn", lora_parts=["text"])
+    if args.quantize_bits is None and not args.lora_dropout and find_spec("bitsandbytes") is not None:
+        yield _setting("the LLM's weights are rounded", quantize_bits=4, activation_checkpointing=True)
     if args.lora_r > 4:
         yield _setting("a narrower adapter", lora_r=4)
     elif args.lora_r > 1:
         yield _setting("the narrowest adapter", lora_r=1)
     yield _setting("only the connector learns", method="align")
+
+
+def _less_trained(config: Any, args: FinetuneArguments) -> Iterator[_Change]:
+    """What trains less, where weights themselves are trained."""
+    is_sparse = any(config.moe(part) is not None for part in PARTS)
+    if args.method == "full" and not args.learning_rates and not args.weight_decays and not args.warmups:
+        if args.train in (None, ["all"]):
+            yield _setting("the ViT does not learn", train=["all-but-vision"])
+        if is_sparse and args.train != ["moe-layers"]:
+            yield _setting("only experts and routers learn", train=["moe-layers"])
+    if args.method == "full":
+        train = {"train": None} if args.train else {}
+        yield _setting(
+            "LoRA in the LLM: an adapter, and what is not in the LLM does not learn", method="lora", **train
+        )
+        yield _setting("only the connector learns", method="align", **train)
+    if args.method == "delta":
+        yield _setting("only the connector learns", method="align")
 
 
 def _changes(config: Any, args: FinetuneArguments, make_batches: MakeBatches, num_rows: int) -> Iterator[_Change]:
@@ -120,6 +141,8 @@ def _changes(config: Any, args: FinetuneArguments, make_batches: MakeBatches, nu
         yield _Change(how, "experts share a base: another model", {}, changed)
     if args.method == "lora":
         yield from _less_learnt(config, args)
+    else:
+        yield from _less_trained(config, args)
     if args.gradient_accumulation_steps > 1:
         yield _setting("smaller steps: choose the learning rate anew", gradient_accumulation_steps=1)
 

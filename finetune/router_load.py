@@ -127,14 +127,16 @@ def read_routing(output: tuple[Tensor, ...], moe: Any, kind_T: Tensor, mask_T: T
         chosen_TE.view_as(logits_TE),
         weight_TE.view_as(logits_TE),
         probabilities(logits_TE.detach(), moe.router_type),
-        logits_TE > torch.finfo(logits_TE.dtype).min,
+        ~(logits_TE <= torch.finfo(logits_TE.dtype).min),  # one that is not a number is open
         kind_T,
         mask_T,
     )
 
 
 def summarize(count_E: Tensor) -> LoadSummary:
-    """A layer's load from its experts' counts, (experts,)."""
+    """A layer's load from its experts' counts, (experts,); zeros where no expert was open to a token."""
+    if not len(count_E):
+        return LoadSummary(0.0, 0.0, 0)
     share_E = count_E.double() / count_E.sum().clamp(min=1)
     num_experts = len(count_E)
     entropy = torch.special.entr(share_E).sum() / torch.log(torch.tensor(float(max(num_experts, 2))))

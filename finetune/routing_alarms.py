@@ -6,6 +6,7 @@ The one home of these rules: training (callbacks.py) and the page of `vlmoe rout
 'Dead experts in layer 17 of the LLM: expert 2 of 4 got none of the last 4,096 assignments. Raise ...'
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,11 @@ class AlarmLimits:
     identical_distance: float = 1e-6
     saturated_above: float = 0.99
     saturated_tokens: int = 1000
+
+
+def alarm_limits(steps: int) -> AlarmLimits:
+    """The limits of a run that is to say after so many steps that experts are identical; 0: never."""
+    return AlarmLimits(identical_after=steps or sys.maxsize)
 
 
 @dataclass(frozen=True)

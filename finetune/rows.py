@@ -3,14 +3,18 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .data import ROW, open_image
+from .data_formats.faults import IN_TEXT, NO_ANSWER, DataFault
+from .data_formats.mixtures import SOURCE
+from .data_formats.reading import DATA_FILE, ROW
+from .image_files import open_image
 
 Conversation = list[dict[str, Any]]
 
 
 def where_is(row: Mapping[str, Any]) -> str:
     """What messages call a row."""
-    return f"Row {row[ROW]} of the data" if row.get(ROW) is not None else "A row of the data"
+    source = row.get(DATA_FILE) or row.get(SOURCE) or "the data"
+    return f"Row {row[ROW]} of {source}" if row.get(ROW) is not None else f"A row of {source}"
 
 
 def conversation(row: Mapping[str, Any]) -> Conversation:
@@ -57,10 +61,11 @@ def check_text(row: Mapping[str, Any], image_tokens: Iterable[str]) -> None:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for part in parts:
             if part["type"] == "text" and (found := [token for token in image_tokens if token in part["text"]]):
-                raise ValueError(
+                raise DataFault(
                     f"{where_is(row)} has {found[0]} in its text, which the model reads as an image; write it "
-                    'otherwise, or give an image by {"type": "image"}.'
+                    'otherwise, or give an image by {"type": "image"}.',
+                    IN_TEXT,
                 )
             is_answered |= message["role"] == "assistant" and (part["type"] != "text" or bool(part["text"].strip()))
     if not is_answered:
-        raise ValueError(f"{where_is(row)} has no answer of the assistant that is not empty; give one.")
+        raise DataFault(f"{where_is(row)} has no answer of the assistant that is not empty; give one.", NO_ANSWER)

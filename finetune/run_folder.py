@@ -8,10 +8,11 @@ from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 
 from .arguments import FinetuneArguments
+from .data_formats.checks import sources_of
 from .settings import SETTINGS_NAME
 
 
-def _is_inside(path: str | Path, folder: Path) -> bool:
+def is_inside(path: str | Path, folder: Path) -> bool:
     """Whether emptying a folder would remove a path."""
     path, folder = Path(path).resolve(), folder.resolve()
     return folder in (path, *path.parents)
@@ -27,14 +28,14 @@ def check_output_folder(args: FinetuneArguments) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file; name a folder.")
     for name in ("model", "data", "eval_data"):
-        given = getattr(args, name)
-        if given and Path(given).exists() and _is_inside(given, folder):
-            raise ValueError(f"output_dir {folder} is or holds the {name} {given}; name another folder.")
+        for given in sources_of(getattr(args, name) or []):
+            if Path(given).exists() and is_inside(given, folder):
+                raise ValueError(f"output_dir {folder} is or holds the {name} {given}; name another folder.")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if args.force:
         check_may_be_emptied(args, checkpoint)
-    elif checkpoint is None or not _is_inside(checkpoint, folder):
+    elif checkpoint is None or not is_inside(checkpoint, folder):
         raise ValueError(
             f"output_dir {folder} is not empty. Name another folder, give resume_from_checkpoint=true to continue its "
             "own run, or force=true to empty what a run has left."
@@ -50,7 +51,7 @@ def check_may_be_emptied(args: FinetuneArguments, checkpoint: str | None) -> Non
             "another folder, or empty it yourself."
         )
     for name, path in (("recipe", args.recipe), ("checkpoint to continue from", checkpoint)):
-        if path is not None and _is_inside(path, folder):
+        if path is not None and is_inside(path, folder):
             raise ValueError(
                 f"force=true would delete the {name} {path}; name another output_dir, or leave force out."
             )
@@ -60,7 +61,7 @@ def check_images_stay(args: FinetuneArguments, rows: Dataset) -> None:
     """Refuses to empty a folder that holds the data's images."""
     for row in rows.select_columns(["images"]):
         for image in row["images"]:
-            if image["bytes"] is None and _is_inside(image["path"], args.folder):
+            if image["bytes"] is None and is_inside(image["path"], args.folder):
                 raise ValueError(
                     f"force=true would delete {image['path']}, an image of the data; name another output_dir."
                 )

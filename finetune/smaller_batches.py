@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 from .collator import ChatCollator
-from .data import open_image
+from .image_files import open_image
 from .plan_batch import Batch, Row, example_batch, example_row, largest_rows, num_pixels, repeated, slim
 from .rows import where_is
 

@@ -6,17 +6,20 @@ PosixPath('tuned')
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, set_seed
 
+from modeling_vlmoe.conversion.meta_models import whole_models
 from modeling_vlmoe.model_cards import write_card
 
 from .adapters import check_lora, prepare_model
 from .arguments import FinetuneArguments
+from .chain.schedules import continue_schedule
+from .chain.whole_checkpoints import WholeCheckpoints
 from .checkpoint_cards import CheckpointCards
 from .checkpoints import (
     check_base,
@@ -25,49 +28,46 @@ from .checkpoints import (
     load_base_config,
     load_processor,
     merge_adapter,
-    save_finetuned,
     write_settings,
 )
 from .collator import ChatCollator, check_rows
-from .data import load_chat_data
 from .loss_follower import follow_trainer
 from .planning import RunMemory, explained
+from .routing_alarms import alarm_limits
 from .run_folder import check_images_stay, check_output_folder, empty_folder, make_folder, resume_point
+from .scale.prepare import spread_model, spread_trainer
+from .scale.saving import save_result
+from .scale.sizes import check_scale, splitting
+from .trained.cells import parameter_cells
+from .trained.checks import learns_from_images_alone
+from .trained.counts import count_cells, num_numbers, table
+from .trained.early import check_parts
+from .trained.methods import check_delta
+from .trained.packing import check_packable, packing
+from .trained.trainer import PartsTrainer
+from .training_data import ChatStream, go_on, load_datasets, num_rows, plain_worker_errors, rows_to_estimate
+from .watch.account import Account, told_in
+from .watch.watch import watch_training
 
 logger = logging.getLogger(__name__)
 
 MERGED = "merged"
 
 
-def load_datasets(args: FinetuneArguments) -> tuple[Dataset, Dataset | None]:
-    """The rows to train and to evaluate on.
-
-    Raises:
-        ValueError: naming the row that is wrong.
-    """
-    train = load_chat_data(args.data, args.train_split)
-    if args.eval_data is not None:
-        return train, load_chat_data(args.eval_data, args.eval_split or "test")
-    if args.eval_split is not None:
-        if Path(args.data).is_file():
-            raise ValueError(
-                f"eval_split is {args.eval_split}, but data is the single file {args.data}; give eval_data."
-            )
-        return train, load_chat_data(args.data, args.eval_split)
-    if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
-        raise ValueError("eval_strategy is on, but there is nothing to evaluate on; give eval_data or eval_split.")
-    return train, None
-
-
-def check_datasets(args: FinetuneArguments, processor: Any, train: Dataset, test: Dataset | None) -> None:
+def check_datasets(args: FinetuneArguments, processor: Any, train: Any, test: Dataset | None) -> None:
     """Goes over all rows for what cannot be learnt, and for images that emptying the output folder would delete.
 
     Raises:
         ValueError: naming the first row or image.
     """
+    if isinstance(train, ChatStream) and args.force and args.folder.is_dir() and any(args.folder.iterdir()):
+        raise ValueError(
+            f"force=true would empty {args.folder}, but with streaming nobody knows whether it holds images of the "
+            "data; empty it yourself, or name another output_dir."
+        )
     for rows in (train, test):
-        if rows is not None:
-            check_rows(rows, processor, args.max_length, needs_images=rows is train and args.method == "align")
+        if rows is not None and num_rows(rows) is not None:  # a stream's are checked as they come
+            check_rows(rows, processor, args.max_length, needs_images=rows is train and learns_from_images_alone(args))
             if args.force and args.folder.is_dir():
                 check_images_stay(args, rows)
 
@@ -92,8 +92,12 @@ def build_trainer(
     """
     check_lora_if_asked(model.config, args)
     check_processor(processor, model.config)
-    trainer = Trainer(
-        model=prepare_model(model, args),
+    cells = parameter_cells(model)
+    prepared = prepare_model(model, args)
+    args.trained = count_cells(prepared, cells)
+    trainer = PartsTrainer(
+        cells,
+        model=spread_model(prepared, args),
         args=args,
         data_collator=ChatCollator(processor, args.max_length),
         train_dataset=train_dataset,
@@ -101,32 +105,53 @@ def build_trainer(
         processing_class=processor,
         compute_metrics=compute_metrics,
     )
-    follow_trainer(trainer, args.log_router_load, args.router_alarms)
-    trainer.add_callback(CheckpointCards(args, len(train_dataset)))
+    spread_trainer(trainer, args)
+    follow_trainer(trainer, args.log_router_load, args.router_alarms, alarm_limits(args.watch_steps))
+    trainer.add_callback(CheckpointCards(args, num_rows(train_dataset)))
+    if args.watch:
+        watch_training(trainer, args.watch_steps)
+    continue_schedule(trainer, args)
+    trainer.add_callback(WholeCheckpoints())
     return trainer
 
 
 def check_lora_if_asked(config: Any, args: FinetuneArguments) -> None:
-    """Refuses early what PEFT would refuse late."""
+    """Refuses early what PEFT would refuse late, and a method that is not the model's."""
     if args.method == "lora":
         check_lora(config, args)
+    if args.method == "delta":
+        check_delta(config)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
     """Trainable and all parameters."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [(num_numbers(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
-def finetune(args: FinetuneArguments, say: Callable[[str], None] | None = None) -> Path:
+def tell_counts(args: FinetuneArguments, say: Callable[[str], None] | None) -> None:
+    """Says how much of each part is trained, in the log too."""
+    counts = table(args.trained or {})
+    logger.info("%s", counts)
+    if say is not None and args.process_index == 0:
+        say(counts)
+
+
+def finetune(
+    args: FinetuneArguments,
+    say: Callable[[str], None] | None = None,
+    adjust: Sequence[Callable[[Trainer], None]] = (),
+) -> Path:
     """Runs a recipe and writes its result to `args.output_dir`.
 
     Args:
         args: the recipe.
-        say: takes a line on the memory that a step will take, before the weights are read; None estimates none.
+        say: takes a line on the memory that a step will take, before the weights are read, and how much of each part
+            is trained; None estimates none.
+        adjust: called with the trainer before it trains.
 
     Returns:
-        The folder: a full checkpoint for `align`, an adapter for `lora` (with `merged/` in it if asked), the processor
+        The folder: an adapter for `lora` (with `merged/` in it if asked), else a full checkpoint; the processor
         and `finetune_settings.yaml`, beside the Trainer's own checkpoints and logs.
 
     Raises:
@@ -140,37 +165,54 @@ def finetune(args: FinetuneArguments, say: Callable[[str], None] | None = None) 
     config = load_base_config(args.model, **args.hub)
     check_base(config, args.model)
     check_lora_if_asked(config, args)
+    check_packable(config, args)
+    check_parts(config, args)
+    check_scale(args, config)
     processor = load_processor(args.model, config, **args.hub)
     train, test = load_datasets(args)
+    if isinstance(train, ChatStream):
+        go_on(train, args, resume_point(args))
     check_datasets(args, processor, train, test)
     folder = args.folder
     make_folder(folder)
-    memory = RunMemory(config, processor, train, args)
+    memory = RunMemory(config, processor, rows_to_estimate(train), args)
     if say is not None and args.process_index == 0:
         say(memory.before())
-    with explained(memory):
-        _train(args, processor, train, test)
+    with told_in(folder), explained(memory):
+        _train(args, processor, train, test, [lambda trainer: tell_counts(args, say), *adjust])
     if args.method == "lora" and args.merge and args.process_index == 0:
         shutil.rmtree(folder / MERGED, ignore_errors=True)
-        merge_adapter(folder, folder / MERGED, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+        with whole_models():
+            merge_adapter(folder, folder / MERGED, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    if say is not None and args.process_index == 0 and (alarms := Account.read(folder).listed()):
+        say(alarms)
     return folder
 
 
-def _train(args: FinetuneArguments, processor: Any, train: Dataset, test: Dataset | None) -> None:
+def _train(
+    args: FinetuneArguments,
+    processor: Any,
+    train: Any,
+    test: Dataset | None,
+    adjust: Sequence[Callable[[Trainer], None]],
+) -> None:
     """Reads the weights, trains, and writes what was tuned."""
     folder, checkpoint = args.folder, resume_point(args)
     set_seed(args.seed)
-    model = load_base(args.model, args.dtype, args.experts_implementation, **args.hub)
+    given = {**args.hub, **packing(args), **splitting(args)}
+    model = load_base(args.model, args.dtype, args.experts_implementation, **given)
+    set_seed(args.seed)  # reading draws numbers under ZeRO-3: an adapter begins alike everywhere
     if args.process_index == 0:
         if args.force:
             empty_folder(folder)
         write_settings(folder, args)
     trainer = build_trainer(model, processor, train, args, test)
     logger.info("Training %d of %d parameters.", *count_parameters(trainer.model))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        save_finetuned(model, processor, folder, args, len(train), trainer.state)
+    for one in adjust:
+        one(trainer)
+    with plain_worker_errors():
+        trainer.train(resume_from_checkpoint=checkpoint)
+    save_result(trainer, processor, args, num_rows(train))
     if test is not None:
         trainer.save_metrics("eval", trainer.evaluate())
         if trainer.is_world_process_zero():

@@ -22,10 +22,12 @@ from modeling_vlmoe.conversion.native_arguments import ExportArguments, ImportAr
 from modeling_vlmoe.conversion.routing_arguments import ConvertRoutingArguments
 from modeling_vlmoe.finetune.classifier.arguments import ClassifyArguments
 from modeling_vlmoe.finetune.command import run_finetune, settings_help
+from modeling_vlmoe.finetune.data_check.command import data_app
 from modeling_vlmoe.finetune.demo.command import run_demo_command
 from modeling_vlmoe.finetune.evaluate.command import run_evaluate
 from modeling_vlmoe.finetune.plan_command import run_plan
 from modeling_vlmoe.finetune.route.command import run_route
+from modeling_vlmoe.finetune.scale.command import run_configs
 from modeling_vlmoe.logs import hide_bars, set_verbosity
 from modeling_vlmoe.push_arguments import PushArguments
 from modeling_vlmoe.recipe_files import read_recipe
@@ -283,9 +285,11 @@ def run_push(args: PushArguments) -> None:
 
 
 app.command("finetune", epilog=settings_help())(run_finetune)
+app.add_typer(data_app, name="data")
 app.command("evaluate")(run_evaluate)
 app.command("plan")(run_plan)
 app.command("route")(run_route)
+app.command("configs")(run_configs)
 app.command("backbones")(run_backbones)
 app.command("demo")(run_demo_command)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run_serve)

@@ -76,5 +76,5 @@ class VLMoEConnector(nn.Module):
             training.
         """
         if isinstance(self.mlp, SparseMoE):
-            return self.mlp.routed(features, context)
+            return self.mlp(features, context=context, returns_routing=True)
         return self.mlp(features), None, None

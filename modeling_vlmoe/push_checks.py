@@ -31,6 +31,7 @@ from modeling_vlmoe.conversion.delta_arguments import REWRITE_RECEIPT_NAME
 from modeling_vlmoe.conversion.host_processor_classes import processor_class_of
 from modeling_vlmoe.conversion.host_processors import load_processor
 from modeling_vlmoe.conversion.streaming import CheckpointReader, read_json
+from modeling_vlmoe.finetune.control.settings import CONTROL_NAME
 from modeling_vlmoe.finetune.evaluation_file import EVALUATION_NAME
 from modeling_vlmoe.model_cards.licences import read_metadata
 from modeling_vlmoe.model_cards.notes import NOTES_NAME
@@ -66,7 +67,7 @@ PROCESSOR_FILES = (
     "merges.txt",
     *TEMPLATE_FILES,
 )
-RECORD_FILES = (RECEIPT_NAME, REWRITE_RECEIPT_NAME, HISTORY_NAME, EVALUATION_NAME, NOTES_NAME)
+RECORD_FILES = (RECEIPT_NAME, REWRITE_RECEIPT_NAME, HISTORY_NAME, EVALUATION_NAME, CONTROL_NAME, NOTES_NAME)
 LEGAL_FILES = tuple(f"{name}{end}" for name in ("LICENSE", "NOTICE") for end in ("", ".md", ".txt"))
 NAMED_FILES = frozenset((*PROCESSOR_FILES, *RECORD_FILES, *LEGAL_FILES, GENERATION_CONFIG_NAME))
 

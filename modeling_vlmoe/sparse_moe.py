@@ -316,8 +316,18 @@ class SparseMoE(nn.Module):
             out = out + torch.sigmoid(self.shared_expert_gate(hidden_states)) * self.shared_expert(hidden_states)
         return out, logits_TE, losses
 
-    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Maps (..., D) to (..., O), as the dense MLP did; where that was given a residual, it is added."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor | None = None,
+        context: RouterContext | None = None,
+        returns_routing: bool = False,
+    ) -> Any:
+        """Maps (..., D) to (..., O), as the dense MLP did; where that was given a residual, it is added. With
+        `returns_routing` it is `routed` in this context: called as a module, whose weights FSDP and ZeRO-3 gather.
+        """
+        if returns_routing:
+            return self.routed(hidden_states, context)
         if (request := self.request) is None:
             out = self.routed(hidden_states, self.context)[0]
         else:

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..data_formats.names import AUTO, FORMAT_NAMES
 from .settings import SUITES, TASK_NAMES, EvaluateSettings
 
 
@@ -19,15 +20,26 @@ def run_evaluate(
         typer.Argument(help=f"What is asked: {', '.join(TASK_NAMES)}; left out with --suite.", show_default=False),
     ] = None,
     data: Annotated[
-        str | None, option("Rows as vlmoe finetune reads them: a file, a folder or a Hub id; for a task.")
+        list[str] | None,
+        option("Rows as vlmoe finetune reads them: a file, a folder or a Hub id; for a task; several are mixed."),
     ] = None,
+    data_format: Annotated[
+        str, typer.Option("--format", help=f"The form of the rows: {', '.join(FORMAT_NAMES)}.")
+    ] = AUTO,
+    image_folder: Annotated[
+        str | None, option("The folder that paths of images are counted from [default: the data file's].")
+    ] = None,
+    question: Annotated[str | None, option("What captioned and labelled images are asked.")] = None,
     suite: Annotated[str | None, option(f"Public benchmarks from their own files: {', '.join(SUITES)}.")] = None,
     data_dir: Annotated[str | None, option("The folder of a suite's files, a folder per benchmark.")] = None,
     output_dir: Annotated[str, typer.Option(help="Folder of results, predictions and tables.")] = "evaluation",
     split: Annotated[str, typer.Option(help="The split of data that is no single file.")] = "test",
     answers: Annotated[
-        str, typer.Option(help="The field of several answers to a row; where it has none, what the assistant says.")
-    ] = "answers",
+        str | None,
+        option(
+            "The field of every row's answers [default: answers, where a row has it, else what the assistant says]."
+        ),
+    ] = None,
     by: Annotated[
         str | None, option("A field of the rows: the measure for each of its values, and the worst one's gap.")
     ] = None,
@@ -65,7 +77,10 @@ def run_evaluate(
     settings = EvaluateSettings(
         checkpoint,
         task,
-        data=data,
+        data=data[0] if data is not None and len(data) == 1 else data or None,
+        data_format=data_format,
+        image_folder=image_folder,
+        question=question,
         suite=suite,
         data_dir=data_dir,
         output_dir=output_dir,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..rows import where_is
+from .fields import field_values
 
 MAX_GROUPS = 500  # more are no groups but names, and no table shows them
 
@@ -46,13 +46,7 @@ def group_rows(rows: Sequence[Mapping[str, Any]], field: str) -> Groups:
         ValueError: naming the first row without a value in that column, and the columns there are; or if it has so
             many values that they are no groups.
     """
-    values = [row.get(field) for row in rows]
-    without = [index for index, value in enumerate(values) if value is None]
-    if without:
-        raise ValueError(
-            f"{where_is(rows[without[0]])} has no {field!r}, as {len(without)} of {len(values)}, so rows cannot be "
-            f"grouped by it. Its columns are {', '.join(rows[without[0]])}; give every row one, or choose another."
-        )
+    values = field_values(rows, field, "rows cannot be grouped by it")
     groups = group_by(field, values)
     if len(groups.names) > MAX_GROUPS:
         raise ValueError(

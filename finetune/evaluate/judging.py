@@ -10,7 +10,7 @@ from .groups import Groups, worst_group
 from .resampling import Draws, Estimate, estimate, measure_all
 from .tasks import Scoring
 
-THIS, DIFFERENCE = "this model", "difference"
+THIS, CONTROL, DIFFERENCE = "this model", "control", "difference"
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,11 @@ def _gap(draws: Draws, codes: range, models: Mapping[str, Sequence[int]], names:
 
 def _mean_over_groups(draws: Draws, by: str, place: int, measure: str, models: Mapping[str, Sequence[int]]) -> Line:
     """A measure's mean over groups, each of the same weight."""
-    cells = _cells(np.nanmean(draws.values[:, :, 1:, place], axis=-1), models)
+    values = draws.values[:, :, 1:, place]
+    is_defined = ~np.isnan(values)
+    num_defined = is_defined.sum(-1)
+    sums = np.where(is_defined, values, 0.0).sum(-1)
+    cells = _cells(np.divide(sums, num_defined, out=np.full_like(sums, np.nan), where=num_defined > 0), models)
     return Line(f"{measure}, mean over {by}", int(draws.counts[0]), cells)
 
 

@@ -40,6 +40,17 @@ class TaskMetric(evaluate.Metric):
             ],
         )
 
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Adds answers and what they are compared with.
+
+        Raises:
+            ValueError: if one of the two is empty, or they do not go together.
+        """
+        for name, given in (("predictions", predictions), ("references", references)):
+            if given is not None and not len(given):
+                raise ValueError(f"{name} is empty, so there are no answers to score; give one or more.")
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
     def _compute(
         self,
         predictions: Sequence[str],
@@ -54,7 +65,10 @@ class TaskMetric(evaluate.Metric):
         answers = [(one,) if isinstance(one, str) else tuple(one) for one in references]
         if empty := [index for index, own in enumerate(answers) if not own]:
             raise ValueError(f"Reference {empty[0]} is empty; give one text at least.")
-        asked = [Asked(own, tuple(choices[row]) if choices else ()) for row, own in enumerate(answers)]
+        asked = [
+            Asked(own, tuple(choices[row]) if choices else (), where=f"Reference {row}")
+            for row, own in enumerate(answers)
+        ]
         scoring = TASKS[self.task].scoring
         return scoring.compute(scoring.statistics(predictions, asked)) | {"count": len(asked)}
 

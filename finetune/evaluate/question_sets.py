@@ -1,11 +1,12 @@
 """Questions to be put to models: rows, what counts as right, groups; from one's own data or a benchmark's files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..data import ROW, load_chat_data
-from .asked import Asked, asked_of
+from ..data_formats.checks import reading_of
+from .asked import Asked, ask_rows
 from .groups import Groups, group_by, group_rows
 from .settings import EvaluateSettings
 from .tasks import TASKS, Scoring
@@ -92,7 +93,8 @@ def own_questions(settings: EvaluateSettings) -> QuestionSet:
         ValueError: naming the data, or the row that is wrong.
     """
     task = TASKS[str(settings.task)]
-    rows = list(load_chat_data(str(settings.data), settings.split))
+    assert settings.data is not None  # as the settings have checked
+    rows = list(load_chat_data(settings.data, settings.split, **asdict(reading_of(settings))))
     if not rows:
         raise ValueError(f"The data {settings.data} holds no rows; give one or more.")
     by = settings.by
@@ -100,12 +102,14 @@ def own_questions(settings: EvaluateSettings) -> QuestionSet:
         by = task.group
     if by is not None:
         group_rows(rows, by)  # refuses rows without one
+    asked, notes = ask_rows(rows, settings.answers)
     questions = QuestionSet(
         name=str(settings.task),
         rows=rows,
-        asked=[asked_of(row, settings.answers) for row in rows],
+        asked=asked,
         scoring=task.scoring,
         groups={} if by is None else {by: [row[by] for row in rows]},
+        notes=notes,
         max_new_tokens=task.max_new_tokens,
     )
     # Right answers of the wrong kind are refused before any model is loaded.

@@ -77,7 +77,7 @@ class Draws:
 
     Attributes:
         values: (models, 1 + samples, 1 + groups, measures); the first of the groups is all rows. NaN where a drawing
-            has no row of a group.
+            has no row of a group, or rows that do not define a measure which all rows do.
         counts: rows of all and of each group, (1 + groups,).
     """
 
@@ -113,6 +113,7 @@ def measure_all(
     for own in np.split(sums, len(statistics), axis=-1):
         with np.errstate(divide="ignore", invalid="ignore"):
             found = scoring.finish(own, counts)
+        found = np.where(np.isnan(found[0]), 0.0, found)  # what the rows as they are do not define: see `measure`
         found[counts == 0] = np.nan
         values.append(found)
     return Draws(np.stack(values), counts[0].astype(int))

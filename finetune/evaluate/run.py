@@ -13,16 +13,17 @@ from modeling_vlmoe.model_cards import write_card
 from ..collator import check_rows
 from ..evaluation import generate_answers, shuffled_images
 from ..evaluation_file import write_evaluation
-from ..sources import describe_source
+from ..sources import describe_source, describe_sources
 from ..train import MERGED
+from .asked import ANSWERS
 from .benchmarks.suites import load_suite
-from .judging import THIS, Judged, Line, judge
+from .judging import CONTROL, THIS, Judged, Line, judge
 from .loading import check_checkpoint, load_checkpoint
 from .question_sets import QuestionSet, own_questions
 from .settings import LATEX, MARKDOWN, OURS, PREDICTIONS, RESULTS, EvaluateSettings
 from .tables import latex, markdown
 
-SHUFFLED, CONTROL = "shuffled images", "control"
+SHUFFLED = "shuffled images"
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def prediction_lines(
     for column, members in columns.items():
         for place, checkpoint in enumerate(members):
             found = statistics[column][place]
-            scores = questions.scoring.finish(found, np.ones(len(found)))[:, 0] if is_row else None
+            scores = questions.scoring.measure(found, np.ones(len(found)))[:, 0] if is_row else None
             for index, one in enumerate(questions.asked):
                 values = {
                     "set": questions.name,
@@ -174,15 +175,24 @@ def prediction_lines(
 def describe_run(settings: EvaluateSettings, judged: Sequence[Judged], missing: Mapping[str, str]) -> dict[str, Any]:
     """What `results.json` says."""
     source = settings.data if settings.suite is None else settings.data_dir
+    assert source is not None  # as the settings have checked
+    is_own = settings.suite is None
     return {
         "checkpoints": [name_model(one) for one in settings.checkpoints],
         "controls": [name_model(one) for one in settings.control],
         "task": settings.task,
         "suite": settings.suite,
-        "data": describe_source(str(source)),
+        "data": describe_sources(source),
+        "split": settings.split if is_own else None,
+        "data_format": settings.data_format if is_own else None,
+        "image_folder": settings.image_folder and describe_source(settings.image_folder)["name"],
+        "question": settings.question,
+        "answers": (settings.answers or ANSWERS) if is_own else None,
+        "revision": settings.revision,
         "num_samples": settings.num_samples,
         "seed": settings.seed,
         "limit": settings.limit,
+        "batch_size": settings.batch_size,
         "max_new_tokens": settings.max_new_tokens,
         "sets": {one.name: one.as_dict() for one in judged},
         "missing": dict(missing),
@@ -214,7 +224,7 @@ def write_to_card(settings: EvaluateSettings, judged: Judged, num_samples: int) 
         for one in columns
     }
     metric = f"{judged.description}, with 95 % intervals over {num_samples} drawings of the rows"
-    write_evaluation(settings.checkpoint, card_values(judged, THIS), controls, data=str(settings.data), metric=metric)
+    write_evaluation(settings.checkpoint, card_values(judged, THIS), controls, data=settings.data, metric=metric)
     write_card(settings.checkpoint)
 
 

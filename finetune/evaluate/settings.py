@@ -1,12 +1,30 @@
 """What `vlmoe evaluate` can be told. No torch here: help reads these fields."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from ..data_formats.names import AUTO
 
 RESULTS, PREDICTIONS, MARKDOWN, LATEX = "results.json", "predictions.jsonl", "table.md", "table.tex"
 OURS = (RESULTS, PREDICTIONS, MARKDOWN, LATEX)
 SUITES = ("llava",)
 # Their table is `tasks.TASKS`, which imports what scores them.
 TASK_NAMES = ("vqa", "caption", "yes-no", "anls", "multiple-choice")
+# What says how rows of chat data are read, and its flag; a suite reads its own files.
+OF_ROWS = {
+    "split": "--split",
+    "data_format": "--format",
+    "image_folder": "--image-folder",
+    "question": "--question",
+    "answers": "--answers",
+    "by": "--by",
+}
+
+
+def same_checkpoint(checkpoint: str) -> str:
+    """A checkpoint's name, the same for every way to write one folder's path."""
+    path = Path(checkpoint).expanduser()
+    return str(path.resolve()) if path.exists() else checkpoint
 
 
 @dataclass
@@ -16,12 +34,16 @@ class EvaluateSettings:
     Attributes:
         checkpoint: a model of ours, or an adapter's folder.
         task: one of `TASK_NAMES`; None with a suite.
-        data: a source of chat data, as `finetune` reads it, for a task.
+        data: a source of chat data, as `finetune` reads it, for a task; or several, which `data_source` tells apart.
         suite: a set of public benchmarks; None with a task.
         data_dir: the folder of their files.
         output_dir: the folder of results, predictions and tables.
         split: the split of a source that is no single file.
-        answers: the field of a row's answers, where it has more than what the assistant says last.
+        data_format: the form of its rows, as `finetune` takes it.
+        image_folder: where paths of images are counted from; None: the data's folder.
+        question: what captioned and labelled images are asked; None: the form's own.
+        answers: the field of every row's answers; None: `answers` where a row has it, else what the assistant says
+            last.
         by: the field that rows are grouped by.
         also: the same training under other seeds.
         control: what it is compared with: one checkpoint, or one for each.
@@ -42,12 +64,15 @@ class EvaluateSettings:
 
     checkpoint: str
     task: str | None = None
-    data: str | None = None
+    data: str | list[str] | None = None
     suite: str | None = None
     data_dir: str | None = None
     output_dir: str = "evaluation"
     split: str = "test"
-    answers: str = "answers"
+    data_format: str = AUTO
+    image_folder: str | None = None
+    question: str | None = None
+    answers: str | None = None
     by: str | None = None
     also: list[str] = field(default_factory=list)
     control: list[str] = field(default_factory=list)
@@ -77,6 +102,12 @@ class EvaluateSettings:
             raise ValueError(
                 "card writes what one checkpoint reaches on one data into its folder; leave out also and suite."
             )
+        names = [same_checkpoint(one) for one in self.checkpoints]
+        if twice := [one for place, one in enumerate(self.checkpoints) if names[place] in names[:place]]:
+            raise ValueError(
+                f"The checkpoint {twice[0]} is given twice, which shows no spread over checkpoints; give another "
+                "seed's to --also, or leave it out."
+            )
 
     def _check_what(self) -> None:
         """Refuses anything but one task with its data, or one suite with its files."""
@@ -95,8 +126,12 @@ class EvaluateSettings:
             raise ValueError(f"There is no suite {self.suite!r}; choose one of {', '.join(SUITES)}.")
         if self.data_dir is None or self.data is not None:
             raise ValueError(f"The suite {self.suite} is read from its files; name their folder by --data-dir alone.")
-        if self.by is not None:
-            raise ValueError(f"The suite {self.suite} groups its questions as their makers do; leave out --by.")
+        defaults = {item.name: item.default for item in fields(self)}
+        if given := [flag for name, flag in OF_ROWS.items() if getattr(self, name) != defaults[name]]:
+            raise ValueError(
+                f"The suite {self.suite} reads, asks and groups its questions as their makers do, from their own "
+                f"files; leave out {', '.join(given)}."
+            )
 
     def revision_of(self, checkpoint: str) -> str | None:
         """The revision of one of the checkpoints: what is asked for is the first one's alone."""

@@ -6,6 +6,7 @@ from .judging import Judged, Line
 from .resampling import CHECKPOINTS, Estimate
 
 ESCAPES = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+ESCAPES |= {"|": r"\textbar{}", "<": r"\textless{}", ">": r"\textgreater{}"}
 ESCAPES |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
 NOTHING = ""
 

@@ -29,7 +29,8 @@ class Scoring:
     Attributes:
         measures: what comes out, the headline first.
         statistics: answers and what was asked, to numbers per row, (rows, statistics).
-        finish: sums of those, (..., statistics), and numbers of rows, (...), to measures, (..., measures).
+        finish: sums of those, (..., statistics), and numbers of rows, (...), to measures, (..., measures); NaN where
+            the rows do not define one.
         description: the headline in words, as a card says it.
         shows_all_by_group: whether tables show every measure of a group, not its headline alone.
     """
@@ -39,6 +40,16 @@ class Scoring:
     finish: Callable[[np.ndarray, np.ndarray], np.ndarray]
     description: str
     shows_all_by_group: bool = False
+
+    def measure(self, sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """What `finish` gives, with 0 for what the rows do not define, as scikit-learn has it.
+
+        Args:
+            sums: (..., statistics).
+            counts: rows, (...).
+        """
+        values = self.finish(sums, counts)
+        return np.where(np.isnan(values), 0.0, values)
 
     def compute(self, statistics: np.ndarray) -> dict[str, float]:
         """The measures over all rows.
@@ -51,7 +62,7 @@ class Scoring:
         """
         if not len(statistics):
             raise ValueError("There are no answers to score; give one or more.")
-        values = self.finish(statistics.sum(0), np.array(float(len(statistics))))
+        values = self.measure(statistics.sum(0), np.array(float(len(statistics))))
         return dict(zip(self.measures, map(float, values), strict=True))
 
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from ..data_formats.names import AUTO, FORMAT_NAMES
 from .settings import NUMBERS, PAGE, RouteSettings
 
 
@@ -19,6 +20,18 @@ def run_route(
     ] = None,
     output_dir: Annotated[str, typer.Option(help="Folder of the page, the figures and the numbers.")] = "routing",
     split: Annotated[str, typer.Option(help="The split of data that is no single file.")] = "test",
+    data_format: Annotated[
+        str, typer.Option("--format", help=f"The form of the rows: {', '.join(FORMAT_NAMES)}.")
+    ] = AUTO,
+    image_folder: Annotated[
+        str | None,
+        typer.Option(
+            help="The folder that paths of images are counted from [default: the data file's].", show_default=False
+        ),
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(help="What captioned and labelled images are asked.", show_default=False)
+    ] = None,
     layer: Annotated[
         str | None,
         typer.Option(
@@ -51,6 +64,9 @@ def run_route(
         data or [],
         output_dir=output_dir,
         split=split,
+        data_format=data_format,
+        image_folder=image_folder,
+        question=question,
         layer=layer,
         num_samples=num_samples,
         num_shown=num_shown,

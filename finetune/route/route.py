@@ -1,6 +1,7 @@
 """`vlmoe route`, top to bottom: checks, model, datasets, passes, numbers, figures, page."""
 
 import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 from ..checkpoints import load_base, load_base_config, load_finetuned, load_processor
 from ..collator import check_rows
 from ..data import load_chat_data
+from ..data_formats.checks import reading_of
 from ..sources import describe_source
 from ..train import MERGED
 from .figures import FIGURES, draw_figures, new_figure
@@ -117,7 +119,7 @@ def route(settings: RouteSettings) -> Path:
     model, processor = load_model(settings)
     run, described = RoutingRun(model, processor, settings.batch_size), label_sources(settings.data)
     for source, known in zip(settings.data, described, strict=True):
-        rows = load_chat_data(source, settings.split)
+        rows = load_chat_data(source, settings.split, **asdict(reading_of(settings)))
         check_rows(rows, processor)
         known["rows"] = len(rows)
         label = partial(label_of, label_field=settings.label_field)

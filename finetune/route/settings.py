@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from ..data_formats.names import AUTO
+
 PAGE, NUMBERS = "index.html", "routing.json"
 
 
@@ -14,6 +16,9 @@ class RouteSettings:
         data: sources of chat data, as `finetune` reads them.
         output_dir: the folder of page, figures and numbers.
         split: the split of sources that are no single file.
+        data_format: the form of their rows, as `finetune` takes it.
+        image_folder: where paths of images are counted from; None: each data's folder.
+        question: what captioned and labelled images are asked; None: the form's own.
         layer: the layer that is shown first: "17" of the LLM, "vision/3", "connector"; None: the last sparse layer of
             the ViT, else the last of the LLM.
         num_samples: rows of each source that are measured, evenly spaced.
@@ -32,6 +37,9 @@ class RouteSettings:
     data: list[str] = field(default_factory=list)
     output_dir: str = "routing"
     split: str = "test"
+    data_format: str = AUTO
+    image_folder: str | None = None
+    question: str | None = None
     layer: str | None = None
     num_samples: int = 200
     num_shown: int = 6

@@ -2,7 +2,7 @@ import pytest
 
 from modeling_vlmoe.conversion.arguments import UpcycleArguments, parse_layers
 from modeling_vlmoe.conversion.part_arguments import read_fields
-from modeling_vlmoe.conversion.planning import asked_experts
+from modeling_vlmoe.conversion.planning import asked_experts, fit_layers
 from modeling_vlmoe.recipe_files import read_recipe
 
 
@@ -12,6 +12,16 @@ from modeling_vlmoe.recipe_files import read_recipe
 )
 def test_layers_are_read(given, layers):
     assert parse_layers(given, "text_layers") == layers
+
+
+@pytest.mark.parametrize(("word", "layers"), [("even", [0, 2, 4]), ("odd", [1, 3])])
+def test_every_second_layer_is_one_that_the_llm_has(word, layers):
+    args = UpcycleArguments(text_experts=4, text_layers=word)
+    asked = asked_experts(args)
+    fit_layers(args, asked, 5)
+    assert asked["text"]["layers"] == layers
+    with pytest.raises(ValueError, match=r"vision_layers is .*expected layers counted from 0"):
+        UpcycleArguments(vision_layers=word)
 
 
 @pytest.mark.parametrize("given", ["", "a", "-1", "1,,2", "3-", "5-2", "²", "0-400000000", "9" * 5000])

@@ -39,6 +39,13 @@ def dense_base(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("dense"), **DENSE)
 
 
+@pytest.fixture(scope="session")
+def delta_base(tmp_path_factory):
+    """All three parts with delta experts."""
+    delta = models.EXPERTS | {"expert_type": "delta", "expert_rank": 2}
+    return save_model(tmp_path_factory.mktemp("delta"), **dict.fromkeys(DENSE, delta))
+
+
 @pytest.fixture
 def model(base):
     return AutoModelForImageTextToText.from_pretrained(base)

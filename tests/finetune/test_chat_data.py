@@ -74,7 +74,7 @@ def test_keys_that_arrow_adds_are_no_error(write):
 def test_folder_of_jsonl_splits(pictures):
     assert len(load_chat_data(pictures, "train")) == 8
     assert len(load_chat_data(pictures, "test")) == 4
-    with pytest.raises(ValueError, match=r"has no validation.jsonl, only test.jsonl, train.jsonl"):
+    with pytest.raises(ValueError, match=r"has no validation.jsonl or validation.json, only test.jsonl, train.jsonl"):
         load_chat_data(pictures, "validation")
 
 

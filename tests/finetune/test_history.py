@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -11,8 +12,9 @@ from transformers import AutoModelForImageTextToText
 from modeling_vlmoe.conversion import UpcycleArguments, upcycle
 from modeling_vlmoe.finetune import finetune, merge_adapter
 from modeling_vlmoe.finetune.evaluation_file import write_evaluation
-from modeling_vlmoe.finetune.history import describe_settings
+from modeling_vlmoe.finetune.history import describe_run, describe_settings
 from modeling_vlmoe.model_cards import is_rendered, write_card
+from modeling_vlmoe.model_cards.sections import describe_run as told_on_the_card
 from modeling_vlmoe.weight_fingerprint import fingerprint
 from tests import tiny
 from tests.model_cards.folders import licence, parent, receipt, share
@@ -112,6 +114,27 @@ def test_settings_are_told_without_what_is_of_the_machine():
     assert told["model"] == {"name": "c/up", "hub_id": "c/up", "revision": None}
     assert told["data"] == {"name": "rows.jsonl", "hub_id": None}
     assert told["settings"] == {"learning_rate": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"data_format": "auto", "streaming": False, "shuffle_buffer": 1000}, {}),
+        ({"data_format": "llava", "image_folder": "pictures"}, {"data_format": "llava"}),
+        ({"streaming": True, "shuffle_buffer": 3}, {"streaming": True, "shuffle_buffer": 3}),
+    ],
+)
+def test_how_the_data_were_read_is_told(given, told):
+    assert describe_settings({"method": "align", "data": "rows.jsonl", **given})["settings"] == told
+
+
+def test_rows_that_are_drawn_are_no_rows_of_the_data():
+    base = SimpleNamespace(config=SimpleNamespace(), companions={})
+    given = {"method": "align", "data": ["a.jsonl", "b.jsonl"]}
+    drawn = describe_run({**given, "data_weights": [1.0, 3.0]}, base, 13)
+    assert (drawn["data"]["draws"], drawn["data"].get("rows")) == (13, None)
+    assert "data a.jsonl + b.jsonl (13 draws in a pass)" in told_on_the_card(drawn, 1)
+    assert describe_run(given, base, 12)["data"]["rows"] == 12
 
 
 def test_a_resumed_run_does_not_keep_the_old_accuracy(started, arguments):

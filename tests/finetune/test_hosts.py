@@ -221,7 +221,7 @@ def test_raises_when_the_processor_is_broken_or_anothers(sparse, pictures, tmp_p
 
 def test_raises_when_a_row_is_too_long_before_the_weights_are_read(sparse, tmp_path, pictures, monkeypatch):
     monkeypatch.setattr("modeling_vlmoe.finetune.train.load_base", None)
-    rows = [question([], "red"), question([str(pictures / "images" / f"{name}.png") for name in COLOURS], "all")]
+    rows = [question([], "red"), question([f"images/{name}.png" for name in COLOURS], "all")]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ValueError, match=r"Row 2 of the data is \d+ tokens long \(4 images\), beyond max_length 60"):
-        finetune(settings(sparse("smolvlm"), data, tmp_path / "out", max_length=60))
+        finetune(settings(sparse("smolvlm"), data, tmp_path / "out", max_length=60, image_folder=str(pictures)))

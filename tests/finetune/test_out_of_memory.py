@@ -15,6 +15,7 @@ from modeling_vlmoe.finetune.plan_batch import example_batch, largest_rows
 from modeling_vlmoe.finetune.planning import RunMemory, explained, is_out_of_memory
 from modeling_vlmoe.finetune.remedies import _changes, find_remedies
 from modeling_vlmoe.finetune.smaller_batches import DataBatches, ExampleBatches, half_of_images, half_of_text
+from modeling_vlmoe.finetune.watch.account import NO_MEMORY, Account
 from tests import models
 from tests.finetune.questions import question, write_rows
 from tests.finetune.test_memory_plan import SIZE, measured, wide_config
@@ -176,3 +177,7 @@ def test_a_run_that_needs_too_much_ends_with_an_account(dense_base, tmp_path):
     assert "Memory: about " in done.stdout
     assert "vlmoe: Memory ran out: " in done.stderr
     assert "per_device_train_batch_size=1" in done.stderr
+    (alarm,) = Account.read(tmp_path / "out").notices
+    assert alarm.kind == NO_MEMORY
+    assert alarm.words in done.stderr
+    assert "(in step 1, with rows 1, " in alarm.words

@@ -11,7 +11,7 @@ from modeling_vlmoe.finetune import FinetuneArguments, parse_recipe
 from modeling_vlmoe.finetune.arguments import parse_settings
 from modeling_vlmoe.finetune.checkpoints import write_settings
 from modeling_vlmoe.finetune.recipes import shipped_recipes
-from modeling_vlmoe.finetune.settings import SETTINGS_NAME
+from modeling_vlmoe.finetune.settings import METHODS, SETTINGS_NAME
 
 NEEDED = ["model=m", "data=d.jsonl", "output_dir=o"]
 
@@ -24,8 +24,8 @@ def test_shipped_recipe_parses(name):
     assert args.report_to == ["tensorboard"]
 
 
-def test_shipped_recipes_are_align_and_lora():
-    assert set(shipped_recipes()) == {"align", "lora"}
+def test_shipped_recipes_are_one_for_each_method():
+    assert set(shipped_recipes()) == set(METHODS)
 
 
 def test_a_path_and_flags_give_the_same_as_yaml(tmp_path):
@@ -62,7 +62,8 @@ def test_a_path_and_flags_give_the_same_as_yaml(tmp_path):
 @pytest.mark.parametrize("name", shipped_recipes())
 @pytest.mark.parametrize("reporter", ["none", "tensorboard"])
 def test_resolved_settings_are_a_recipe_of_the_same_run(tmp_path, name, reporter):
-    given = ["lora_parts=text,vision", "lora_dropout=0", "eval_strategy=no", "warmup_steps=3", f"report_to={reporter}"]
+    given = ["lora_dropout=0", "eval_strategy=no", "warmup_steps=3", f"report_to={reporter}"]
+    given += ["lora_parts=text,vision"] if name == "lora" else []
     args = parse_recipe(name, [*NEEDED, *given, "lr_scheduler_kwargs={num_cycles: 2}"])
     write_settings(tmp_path, args)
     again = parse_recipe(tmp_path / SETTINGS_NAME)
@@ -89,7 +90,11 @@ def test_every_field_has_help():
         ("lora_dropout=1.5", "expected 0 or more, below 1"),
         ("lora_targets=attn", "expected some of attention, experts, mlp. Did you mean 'attention'"),
         ("lora_parts=connector", "expected some of text, vision"),
-        ("method=full", "method is 'full'; expected one of align, lora"),
+        ("method=ful", "method is 'ful'; expected one of align, lora, delta, full. Did you mean 'full'"),
+        ("learning_rate={routers: 1}", "learning_rate: invalid float value"),
+        ("learning_rates={rooters: 1}", "learning_rates names 'rooters'; expected some of .* Did you mean 'routers'"),
+        ("learningrates={routers: 1}", "unknown keys: learningrates. Did you mean 'learning_rates'"),
+        ("quantise_bits=4", "unknown keys: quantise_bits. Did you mean 'quantize_bits'"),
         ("dtype=float8", "dtype is 'float8'; expected one of auto, float32, bfloat16, float16. Did you mean"),
         ("max_length=0", "max_length is 0"),
         ("gradient_accumulation_steps=0", "gradient_accumulation_steps is 0; expected 1 or more"),
@@ -108,7 +113,7 @@ def test_raises_when_a_setting_is_wrong(override, message):
 
 
 def test_raises_when_there_is_no_such_recipe(tmp_path):
-    with pytest.raises(ValueError, match="no recipe lorra: expected a YAML file, or one of align, lora"):
+    with pytest.raises(ValueError, match="no recipe lorra: expected a YAML file, or one of align, delta, full, lora"):
         parse_recipe("lorra", NEEDED)
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [")

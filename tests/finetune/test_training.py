@@ -19,8 +19,9 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("recipe", shipped_recipes())
-def test_shipped_recipe_trains_two_steps(recipe, base, pictures, tmp_path):
-    given = [f"model={base}", f"data={pictures / 'test.jsonl'}", f"output_dir={tmp_path / 'out'}", "max_steps=2"]
+def test_shipped_recipe_trains_two_steps(recipe, base, delta_base, pictures, tmp_path):
+    start = delta_base if recipe == "delta" else base
+    given = [f"model={start}", f"data={pictures / 'test.jsonl'}", f"output_dir={tmp_path / 'out'}", "max_steps=2"]
     folder = finetune(parse_recipe(recipe, [*given, "logging_steps=1", "use_cpu=true", "disable_tqdm=true"]))
     state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from modeling_vlmoe.conversion import UpcycleArguments, upcycle
 from modeling_vlmoe.finetune.data import load_chat_data
 from modeling_vlmoe.finetune.evaluate.loading import load_checkpoint
+from modeling_vlmoe.finetune.evaluate.question_sets import own_questions
 from modeling_vlmoe.finetune.evaluate.settings import TASK_NAMES
 from modeling_vlmoe.finetune.evaluation import generate_answers
 from tests import hosts
@@ -108,6 +109,9 @@ def test_files_say_what_was_measured(result, base, dense_base):
     assert f"this model: {base.name}; control: {dense_base.name}; shuffled images: {base.name}." in tables
     assert "\\begin{tabular}" in (folder / "table.tex").read_text()
     assert results["checkpoints"] == [{"name": base.name, "hub_id": None}]
+    assert results["answers"] == "answers"
+    assert (results["split"], results["data_format"], results["question"]) == ("test", "auto", None)
+    assert (results["batch_size"], results["revision"], results["image_folder"]) == (4, None, None)
     assert str(base.parent) not in json.dumps(results)  # no path of this machine
 
 
@@ -205,11 +209,14 @@ def refusals(folder, base, rows):
     (folder / "full").mkdir()
     (folder / "full" / "kept.txt").write_text("mine")
     (folder / "sets").mkdir()
+    (folder / "seed").mkdir()
     write_rows(folder / "words.jsonl", [question([], "perhaps")])
     write_rows(folder / "answers.jsonl", [question([], "red") | {"answers": 3}])
     shutil.copytree(Path(rows).parent / "images", folder / "images")
     write_rows(folder / "alike.jsonl", [question(["images/red.png"], "red")] * 2)
+    write_rows(folder / "some.jsonl", [question([], "red") | {"people": ["red"]}, question([], "red")])
     task = (base, "vqa", "--data", rows)
+    suite = (base, "--suite", "llava", "--data-dir", "sets")
     return [
         ((base,), "give a TASK (vqa, caption"),
         ((base, "vqa", "--suite", "llava"), "said twice"),
@@ -219,9 +226,16 @@ def refusals(folder, base, rows):
         ((base, "--suite", "mine", "--data-dir", "sets"), "no suite 'mine'"),
         ((base, "--suite", "llava", "--data-dir", "sets"), "holds none of the suite's folders"),
         ((base, "--suite", "llava", "--data-dir", "sets", "--by", "kind"), "leave out --by"),
+        ((*suite, "--answers", "people", "--question", "Q?"), "leave out --question, --answers"),
+        ((*suite, "--format", "labels"), "leave out --format"),
+        ((*suite, "--image-folder", "full", "--split", "dev"), "leave out --split, --image-folder"),
         ((*task, "--by", "colour"), "has no 'colour'"),
         ((*task, "--control", base, "--control", base), "There are 2 controls for 1 checkpoints"),
         ((*task, "--also", base, "--card"), "leave out also"),
+        ((*task, "--also", f"{base}/"), "is given twice"),
+        ((*task, "--also", "seed", "--also", "./seed"), "is given twice"),
+        ((*task, "--answers", "human_answers"), "has no 'human_answers', as 6 of 6"),
+        ((base, "vqa", "--data", "some.jsonl", "--answers", "people"), "Row 2 of the data has no 'people', as 1 of 2"),
         ((*task, "--samples", 1), "num_samples is 1"),
         ((base, "anls", "--data", "alike.jsonl", "--shuffle-images"), "Images cannot be shuffled"),
         ((*task, "--limit", 0), "limit is 0"),
@@ -229,8 +243,8 @@ def refusals(folder, base, rows):
         (("nobody/nothing", "vqa", "--data", rows), "nobody/nothing"),
         (("nobody/nothing", "vqa", "--data", rows, "--card"), "card writes into the checkpoint's folder"),
         ((base, "vqa", "--data", "nothing.jsonl"), "nothing.jsonl"),
-        ((base, "yes-no", "--data", "words.jsonl"), "'perhaps'; expected yes or no"),
-        ((base, "multiple-choice", "--data", "words.jsonl"), "expected a letter"),
+        ((base, "yes-no", "--data", "words.jsonl"), "Row 1 of the data: the right answer to a yes"),
+        ((base, "multiple-choice", "--data", "words.jsonl"), "Row 1 of the data: the right answer"),
         ((base, "caption", "--data", "words.jsonl"), "give two or more"),
         ((base, "vqa", "--data", "answers.jsonl"), "'answers' is 3; expected a list of texts"),
     ]
@@ -249,6 +263,18 @@ def test_refusals_come_before_any_answer_and_write_nothing(base, answered, tmp_p
         assert named in done.stderr, (words, done.stderr)
         assert "Traceback" not in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_rows_without_the_usual_field_are_said(tmp_path):
+    from modeling_vlmoe.finetune import EvaluateSettings
+
+    rows = [question([], "red") | {"answers": ["red", "dark red"]}, question([], "blue")]
+    settings = EvaluateSettings("m", "vqa", data=str(write_rows(tmp_path / "rows.jsonl", rows)))
+    questions = own_questions(settings)
+    assert [one.answers for one in questions.asked] == [("red", "dark red"), ("blue",)]
+    assert questions.notes == (
+        "Right answers: the field 'answers' of 1 of 2 rows, elsewhere what the assistant says.",
+    )
 
 
 def test_a_limit_is_said(base, answered, tmp_path, vlmoe_here):

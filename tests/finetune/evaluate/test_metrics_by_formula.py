@@ -187,6 +187,23 @@ def test_letters_are_read(text, letter):
     assert read_letter(text, ["cat", "dog", "bird"]) == letter
 
 
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("The answer is a dog", "C"),  # as it is written, before "dog"
+        ("The answer is dog.", "B"),
+        ("the answer is a", "A"),
+        ("the answer is a.", "A"),
+        ("The answer is an owl", "D"),
+        ("The answer is a frog", None),  # an article
+        ("The answer is B because it barks", "B"),
+        ("a dog", "C"),
+    ],
+)
+def test_an_article_is_no_letter(text, letter):
+    assert read_letter(text, ["cat", "dog", "a dog", "owl"]) == letter
+
+
 def test_multiple_choice_counts_right_and_unread():
     result = metric("multiple-choice").compute(
         predictions=["A", "dog", "who knows", "C"],
@@ -341,8 +358,8 @@ def test_metrics_combine_and_take_batches():
 @pytest.mark.parametrize(
     ("task", "given", "said"),
     [
-        ("yes-no", {"predictions": ["yes"], "references": ["maybe"]}, "'maybe'; expected yes or no"),
-        ("multiple-choice", {"predictions": ["A"], "references": ["many words"]}, "expected a letter or one of the"),
+        ("yes-no", {"predictions": ["yes"], "references": ["maybe"]}, "Reference 0: .*'maybe'; expected yes or no"),
+        ("multiple-choice", {"predictions": ["A"], "references": ["many words"]}, "Reference 0: .* expected a letter"),
         ("multiple-choice", {"predictions": ["A"], "references": ["A"], "choices": []}, "choices has 0 entries"),
         ("caption", {"predictions": ["a"], "references": [["a"]]}, "give two or more"),
         ("vqa", {"predictions": ["a"], "references": [[]]}, "Reference 0 is empty; give one text at least"),
@@ -351,6 +368,12 @@ def test_metrics_combine_and_take_batches():
 def test_raises_when_references_are_of_the_wrong_kind(task, given, said):
     with pytest.raises(ValueError, match=said):
         metric(task).compute(**given)
+
+
+@pytest.mark.parametrize("task", TASK_NAMES)
+def test_raises_when_there_are_no_answers(task):
+    with pytest.raises(ValueError, match="predictions is empty, so there are no answers to score; give one or more"):
+        metric(task).compute(predictions=[], references=[])
 
 
 def test_raises_when_there_is_no_such_task():

@@ -92,6 +92,30 @@ def test_a_group_that_a_drawing_misses_does_not_spoil_the_others():
     assert np.isfinite(judged.groups["g"][1].measures[0].cells[THIS].std)
 
 
+def test_drawings_that_do_not_define_a_measure_are_left_out():
+    # Always yes, on one yes and three no: recall is 1 wherever there is a yes, and F1 then lies above 0.
+    counts = np.eye(4)[[0, 1, 1, 1]]
+    measures = {line.label: line.cells[THIS] for line in judge("x", YES_NO, {THIS: [counts]}).measures}
+    recall, f1 = measures["recall"], measures["f1"]
+    assert (recall.mean, recall.std, recall.low, recall.high) == (1, 0, 1, 1)
+    assert f1.mean == pytest.approx(0.4)
+    assert f1.low > 0.3  # one yes in four: 2 / 5
+
+
+def test_what_no_row_defines_is_zero_without_spread():
+    counts = np.eye(4)[[3, 3, 3]]  # no, and said so
+    judged = judge("x", YES_NO, {THIS: [counts]}, [group_by("g", list("aab"))], averaged={"g": "f1"})
+    cells = [line.cells[THIS] for line in judged.measures[1:4]] + [judged.measures[-1].cells[THIS]]
+    assert [(cell.mean, cell.std, cell.low, cell.high) for cell in cells] == [(0, 0, 0, 0)] * 4
+
+
+def test_a_mean_over_groups_lies_in_its_interval_where_a_group_defines_none():
+    counts = np.eye(4)[[0, 0, 0, 0, 1, 1, 1, 1]]  # always yes; group b has no yes, so its F1 is 0
+    judged = judge("x", YES_NO, {THIS: [counts]}, [group_by("g", list("aaaabbbb"))], averaged={"g": "f1"})
+    cell = judged.measures[-1].cells[THIS]
+    assert (cell.low, cell.mean, cell.high) == (0.5, 0.5, 0.5)
+
+
 def test_the_same_seed_gives_the_same_spread(rows):
     first, again, other = (judge("x", VQA, {THIS: [rows[0]]}, seed=seed).as_dict() for seed in (1, 1, 2))
     assert first == again != other
@@ -117,7 +141,7 @@ def test_tables_hold_every_line_and_escape_what_is_special():
     assert "over 50 drawings of the rows" in text
     found = latex(judged, 50, 1, {"POPE": "there is no folder pope"})
     assert r"50 \% & 2 & $0.500 \pm " in found
-    assert r"soft\_accuracy by a\_b|c" in found
+    assert r"soft\_accuracy by a\_b\textbar{}c" in found
     body = found[found.index("\\toprule") : found.index("\\bottomrule")]
     rows = [line for line in body.splitlines() if line.endswith("\\\\") and "multicolumn" not in line]
     assert all(line.count("&") == 4 for line in rows)
@@ -128,6 +152,7 @@ def test_special_characters_are_escaped():
     assert latex_text("a_b & 5% {x} #1 $ ~ ^ \\") == (
         r"a\_b \& 5\% \{x\} \#1 \$ \textasciitilde{} \textasciicircum{} \textbackslash{}"
     )
+    assert latex_text("a|b <c>") == r"a\textbar{}b \textless{}c\textgreater{}"
     assert markdown_text("a|b\nc") == "a\\|b c"
 
 
