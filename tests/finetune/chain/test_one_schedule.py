@@ -20,7 +20,8 @@ def rates(*folders):
 
 def chain(base, data, folder, stages, **shared):
     recipe = folder / "mine.yaml"
-    shared = chains.SHARED | {"lr_scheduler_type": "cosine", "warmup_steps": 0.2, "save_steps": 100} | {"lora_r": None} | shared
+    own = {"lr_scheduler_type": "cosine", "warmup_steps": 0.2, "save_steps": 100, "lora_r": None}
+    shared = chains.SHARED | own | shared
     recipe.write_text(yaml.safe_dump(shared | {"stages": stages}, sort_keys=False))
     return chains.parsed(recipe, [f"model={base}", f"data={data}", f"output_dir={folder / 'out'}"])
 
