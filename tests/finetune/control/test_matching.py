@@ -27,6 +27,7 @@ def make_pair(parents, data, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_control_of_equal_cost_is_kept(make_pair, tmp_path, monkeypatch):
     """Its head is made first, as its step has to be counted, and what was trained behind the head stays."""
     pair, counts = run_pair(*make_pair(), tmp_path / "out/control", None)
