@@ -7,7 +7,7 @@ from typing import Any
 from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
 
-# What PIL raises on bytes that it cannot read.
+# What PIL raises on bytes that it cannot read; NotImplementedError for a DDS of a pixel format that it does not know.
 UNREADABLE = (
     OSError,
     SyntaxError,

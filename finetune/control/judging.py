@@ -36,8 +36,8 @@ def per_token(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def not_scored(answers: Any, asked: Any) -> np.ndarray:
-    """Likelihoods are of the rows' own answers; nothing is generated."""
-    raise NotImplementedError
+    """What the tables' machinery would score generated answers by: nothing is generated for a likelihood."""
+    raise AssertionError("a likelihood is of the rows' own answers; use answer_likelihoods")
 
 
 SCORING = Scoring((NLL,), not_scored, per_token, "negative log-likelihood per token of the answers")
