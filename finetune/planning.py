@@ -142,6 +142,7 @@ class RunMemory:
 
     def __init__(self, config: Any, processor: Any, rows: Any, args: FinetuneArguments):
         self.config, self.processor, self.rows, self.args = config, processor, rows, args
+        self.estimated: MemoryPlan | None = None
 
     def plan(self) -> tuple[MemoryPlan, DataBatches, Device]:
         """The plan, what makes batches of the data, and the device."""
@@ -149,7 +150,8 @@ class RunMemory:
             raise ValueError("each process holds a piece of the model: expected a whole one, as on one process")
         make_batches, device = DataBatches(self.processor, self.rows), device_here(self.args)
         batches = make_batches(self.args.per_device_train_batch_size)
-        return estimate_largest(self.config, self.args, batches, device), make_batches, device
+        self.estimated = estimate_largest(self.config, self.args, batches, device)
+        return self.estimated, make_batches, device
 
     def before(self) -> str:
         """One line for before the start; where nothing can be said, why."""
@@ -177,12 +179,21 @@ class RunMemory:
             remedies = three_remedies(found, capacity)
         except (MemoryError, *BROKEN) as error:
             if is_out_of_memory(error):
-                return f"{head}\nThere is not even enough to estimate what took it: ask `vlmoe plan` in a new process."
+                known = f"{one_line(self.estimated)}\n" if self.estimated is not None else ""
+                asked = "There is not even enough to find what takes less: ask `vlmoe plan` in a new process."
+                return f"{head}\n{known}{asked}"
             return f"{head}\nThere is no estimate of what took it, because {error}"
         needed = f"A step of {plan.num_rows} x {plan.length} tokens takes {gigabytes(plan.peak)}"
         beside = f", and a GPU's driver {gigabytes(RESERVE)}" if capacity else ""
         ways = list_remedies(remedies, capacity)
         return f"{head}\n{needed}{beside}:\n{table(plan)}\nWith less memory:\n{ways or NOTHING_LOWER}"
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those it came of."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @contextmanager
@@ -200,7 +211,8 @@ def explained(memory: RunMemory) -> Iterator[None]:
             raise
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))  # which step, of which rows
         said = (str(error).strip() or type(error).__name__).splitlines()[0] + notes
-        traceback.clear_frames(error.__traceback__)  # they hold the model
+        for one in _with_causes(error):
+            traceback.clear_frames(one.__traceback__)  # they hold activations
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from modeling_vlmoe import VLMoEConfig, cli
+from modeling_vlmoe.finetune import planning
 from modeling_vlmoe.finetune.gpus import CPU, GPU
 from modeling_vlmoe.finetune.memory_plan import estimate
 from modeling_vlmoe.finetune.plan_batch import example_batch, largest_rows
@@ -153,25 +154,43 @@ def test_what_took_the_memory_is_said_with_three_remedies(dense_base, processor,
     assert all(way.rstrip(")").split(": ")[1].split()[1].startswith("MB") for way in ways), ways
 
 
+# The process gets a limit where training begins: threads have their stacks by then, and a tensor is what is refused.
 LIMITED = """
 import resource, sys
-import modeling_vlmoe.finetune.train
 from modeling_vlmoe import cli
-held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (held + 120 * 2**20,) * 2)
+from modeling_vlmoe.finetune import train
+begin = train._train
+def limited(*given):
+    held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 600 * 2**20,) * 2)
+    begin(*given)
+train._train = limited
 sys.argv = ["vlmoe", *sys.argv[1:]]
 cli.main()
 """
 
 
+def test_where_there_is_too_little_even_for_an_account_the_estimate_is_said(
+    dense_base, processor, arguments, monkeypatch
+):
+    memory = RunMemory(VLMoEConfig.from_pretrained(dense_base), processor, [question([], "red")] * 2, arguments())
+    said = memory.before()
+    monkeypatch.setattr(planning, "find_remedies", lambda *_: torch.empty(2**55))
+    with pytest.raises(ValueError, match="ask `vlmoe plan` in a new process") as failed, explained(memory):
+        torch.empty(2**55)
+    assert said.startswith("Memory: about ")
+    assert said in str(failed.value)
+
+
 def test_a_run_that_needs_too_much_ends_with_an_account(dense_base, tmp_path):
-    text = "what colour is the shape? " * 8
+    text = "what colour is the shape? " * 32
     write_rows(tmp_path / "rows.jsonl", [question([], text, text) | {"id": row} for row in range(200)])
     given = {"model": dense_base, "data": tmp_path / "rows.jsonl", "output_dir": tmp_path / "out", "use_cpu": "true",
              "report_to": "none", "per_device_train_batch_size": 200, "max_length": "null",
              "activation_checkpointing": "false"}  # fmt: skip
     words = ["finetune", "lora", *(f"{name}={value}" for name, value in given.items())]
-    done = subprocess.run([sys.executable, "-c", LIMITED, *words], capture_output=True, text=True, env=os.environ)
+    done = subprocess.run([sys.executable, "-c", LIMITED, *words], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "2"})  # fmt: skip
     assert done.returncode == cli.USER_ERROR, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
     assert "Memory: about " in done.stdout
