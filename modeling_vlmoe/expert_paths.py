@@ -25,17 +25,10 @@ from .hollow_tensors import device_type, is_hollow
 ROUNDING = ((64, 16), (256, 32))
 COARSEST = 64
 HALF = (torch.bfloat16, torch.float16)
-BLOCK_NUMBERS = 2**19  # of a group's (rows, R): about what a core's cache holds
+BLOCK_BYTES = 2**22  # of a group's (rows, R): about what a cache holds
 BLOCK_ROWS = 32
-FEW_EXPERTS = 16  # up to here permuting a stack of matrices into another layout is the quicker way (torch 2.13, CPU)
 
-Given = TypeVar("Given", Tensor, Tensor | None)
 Function = TypeVar("Function", bound=Callable)
-
-
-def widened(dtype: torch.dtype) -> torch.dtype:
-    """What sums over many rows are held in: float32 for half precision."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def without_autocast(function: Function) -> Function:
@@ -50,9 +43,9 @@ def without_autocast(function: Function) -> Function:
     return run  # type: ignore[return-value]
 
 
-def block_rows(width: int) -> int:
+def block_rows(width: int, dtype: torch.dtype) -> int:
     """How many rows of a width (R) a group of several experts has at most."""
-    return max(BLOCK_ROWS, BLOCK_NUMBERS // width // BLOCK_ROWS * BLOCK_ROWS)
+    return max(BLOCK_ROWS, BLOCK_BYTES // (width * dtype.itemsize) // BLOCK_ROWS * BLOCK_ROWS)
 
 
 @dataclass(frozen=True)
@@ -106,17 +99,10 @@ class PathGroup:
         else:
             total.add_(self.product(rows, own))
 
-    def add_outer(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        """Adds each expert's `left.T @ right`, of rows (rows, O) and (rows, I), to (E, O, I), in place."""
-        if self.ends is not None:
-            self.own(total).add_(F.grouped_mm(left.T, right, offs=self.ends))
-        elif total.dtype == left.dtype:
-            self.own(total).addmm_(left.T, right)
-        else:  # of a wider dtype
-            self.own(total).add_(left.T @ right)
-
     def add_large_outer(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        """As `add_outer`, without a tensor of the size of the experts' matrices in between."""
+        """Adds each expert's `left.T @ right`, of rows (rows, O) and (rows, I), to (E, O, I), in place, with no tensor
+        of that size in between.
+        """
         for expert, start, end in zip(self.experts, (0, *self.bounds), self.bounds, strict=False):
             if end > start:
                 total[expert].addmm_(left[start:end].T, right[start:end])
@@ -251,108 +237,3 @@ def count_paths(expert_TK: Tensor, num_experts: int) -> list[int]:
 def row_step(num_rows: int) -> int:
     """What a number of rows is rounded up to a multiple of."""
     return next((step for most, step in ROUNDING if num_rows <= most), COARSEST)
-
-
-def laid_out(stack: Given) -> Given:
-    """A stack of matrices, (E, O, I), one after the other in memory, for one pass alone: PEFT's `b` is a view of
-    (O, I, E), which `grouped_mm` does not take; to keep a copy for backward would be to keep another adapter.
-    """
-    return None if stack is None else stack.contiguous()
-
-
-def laid_as(stack: Given, other: Given) -> Given:
-    """A stack of matrices that lie one after the other, laid out in memory as another."""
-    if stack is None or other is None or other.is_contiguous() or not other.movedim(0, -1).is_contiguous():
-        return stack
-    if len(stack) <= FEW_EXPERTS:
-        return stack.permute(1, 2, 0).contiguous().movedim(-1, 0)
-    return stack.flatten(1).t().contiguous().view(*stack.shape[1:], -1).movedim(-1, 0)
-
-
-def _to_paths(rows_TI: Tensor, own: Tensor, groups: list[PathGroup], num_paths: int) -> Tensor:
-    """Each path's expert's matrix, of (E, I, O), times its token's row: (S, O)."""
-    out = rows_TI.new_zeros(num_paths, own.shape[2])
-    for group in groups:
-        group.put(out, group.product(rows_TI.index_select(0, group.tokens), group.own(own)))
-    return out
-
-
-def _to_tokens(rows_SI: Tensor, own: Tensor, groups: list[PathGroup], num_tokens: int) -> Tensor:
-    """The sum of that over a token's paths, of a row per path: (T, O)."""
-    out = rows_SI.new_zeros(num_tokens, own.shape[2], dtype=widened(rows_SI.dtype))
-    for group in groups:
-        rows = group.zero_repeats(rows_SI.index_select(0, group.paths))
-        out.index_add_(0, group.tokens, group.product(rows, group.own(own)).to(out.dtype))
-    return out.to(rows_SI.dtype)
-
-
-class _Product(torch.autograd.Function):
-    """`_to_paths`, or summed `_to_tokens`, of weights (E, O, I): each takes the other for its gradient."""
-
-    @staticmethod
-    @without_autocast
-    def forward(
-        ctx: Any, source: Tensor, weight: Tensor, groups: list[PathGroup], num_rows: int, is_summed: bool
-    ) -> Tensor:
-        ctx.save_for_backward(source, weight)
-        ctx.groups, ctx.is_summed = groups, is_summed
-        return (_to_tokens if is_summed else _to_paths)(source, laid_out(weight).mT, groups, num_rows)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    @without_autocast
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        source, weight = ctx.saved_tensors
-        d_source = d_weight = None
-        if ctx.needs_input_grad[0]:
-            move = _to_paths if ctx.is_summed else _to_tokens
-            d_source = move(gradient, laid_out(weight), ctx.groups, len(source))
-        if ctx.needs_input_grad[1]:
-            d_weight = weight.new_zeros(weight.shape, dtype=widened(weight.dtype))
-            for group in ctx.groups:
-                of_gradient, of_source = group.paths, group.tokens
-                if ctx.is_summed:
-                    of_gradient, of_source = of_source, of_gradient
-                rows = group.zero_repeats(gradient.index_select(0, of_gradient))
-                group.add_outer(d_weight, rows, source.index_select(0, of_source))
-            d_weight = laid_as(d_weight.to(weight.dtype), weight)
-        return d_source, d_weight, None, None, None
-
-
-def gather_product(source_TI: Tensor, weight_EOI: Tensor, paths: Paths, groups: list[PathGroup] | None) -> Tensor:
-    """Each path's expert's product with the path's token, (S, O).
-
-    Args:
-        source_TI: the tokens, (T, I).
-        weight_EOI: the experts' weights, (E, O, I).
-        paths: where tokens are sent.
-        groups: the paths in groups, for one product per group; None for one product with all experts' weights, of
-            which each path keeps its own block.
-    """
-    num_tokens, num_picked = paths.shape
-    num_experts, num_rows, _ = weight_EOI.shape
-    if groups is not None:
-        return _Product.apply(source_TI, weight_EOI, groups, num_tokens * num_picked, False)
-    blocks_TER = F.linear(source_TI, weight_EOI.flatten(0, 1)).view(num_tokens, num_experts, num_rows)
-    chosen = paths.expert_TK[..., None].expand(-1, -1, num_rows)
-    return blocks_TER.gather(1, chosen).flatten(0, 1)
-
-
-def sum_product(source_SI: Tensor, weight_EOI: Tensor, paths: Paths, groups: list[PathGroup] | None) -> Tensor:
-    """The sum of the products of each token's paths with their experts' weights, (T, O).
-
-    Args:
-        source_SI: one row per path, (S, I).
-        weight_EOI: the experts' weights, (E, O, I).
-        paths: where tokens are sent.
-        groups: as of `gather_product`; with None the paths' rows are laid out in blocks, zero where a token does not
-            go.
-    """
-    num_tokens, num_picked = paths.shape
-    num_experts, _, width = weight_EOI.shape
-    if groups is not None:
-        return _Product.apply(source_SI, weight_EOI, groups, num_tokens, True)
-    blocks = source_SI.new_zeros(num_tokens, num_experts, width)
-    chosen = paths.expert_TK[..., None].expand(-1, -1, width)
-    blocks = blocks.scatter_add(1, chosen, source_SI.view(num_tokens, num_picked, width))
-    return F.linear(blocks.flatten(1), weight_EOI.permute(1, 0, 2).flatten(1))

@@ -24,13 +24,12 @@ from .expert_paths import (
     Paths,
     block_rows,
     can_join,
-    gather_product,
-    laid_as,
-    laid_out,
-    widened,
     without_autocast,
 )
+from .expert_sums import OuterSums, widened
+from .path_products import gather_product
 from .shared_base import LowRank, kept, mask_generator
+from .stack_layout import laid_as, laid_out
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class _Grouped(torch.autograd.Function):
         scale: float,
         *shared: Tensor,
     ) -> Tensor:
-        wide = widened(x_TD.dtype)
+        wide = widened(x_TD.dtype, len(weight_S) // max(1, len(x_TD)))
         out_TO = x_TD.new_zeros(len(x_TD), down.shape[1], dtype=wide)
         generator = mask_generator(dropout, x_TD.device)
         kept_rows = []
@@ -120,15 +119,19 @@ class _Grouped(torch.autograd.Function):
         maths, generator = ctx.maths, mask_generator(ctx.dropout, x_TD.device)
         given_b_up, given_b_down = b_up, b_down
         b_up, b_down = laid_out(b_up), laid_out(b_down)
-        wide = widened(x_TD.dtype)
+        wide = widened(x_TD.dtype, len(weight_S) // max(1, len(x_TD)))
         wanted = ctx.needs_input_grad[3:]
         d_x = x_TD.new_zeros(x_TD.shape, dtype=wide) if wanted[0] else None
         d_weight = torch.zeros_like(weight_S)
         # Of weights only those of experts that have rows are written, so none may hold what memory held.
-        given = (up, down, up_bias, down_bias, low_Sr, b_up, a_down, b_down)
-        made = [torch.zeros_like(one) if one is not None and is_wanted else None
-                for one, is_wanted in zip(given, wanted[2:10], strict=True)]  # fmt: skip
-        d_up, d_down, d_up_bias, d_down_bias, d_low, d_b_up, d_a_down, d_b_down = made
+        d_up, d_down, d_up_bias, d_down_bias, d_low = made = [
+            torch.zeros_like(one) if one is not None and is_wanted else None
+            for one, is_wanted in zip((up, down, up_bias, down_bias, low_Sr), wanted[2:7], strict=True)
+        ]
+        d_b_up, d_a_down, d_b_down = pairs = [
+            OuterSums(one, ctx.groups) if one is not None and is_wanted else None
+            for one, is_wanted in zip((b_up, a_down, b_down), wanted[7:10], strict=True)
+        ]
         shared = maths.shared_parameters()
         d_shared = [torch.zeros_like(one) if one.requires_grad else None for one in shared]
         for group, rows in zip(ctx.groups, all_rows, strict=True):
@@ -147,10 +150,10 @@ class _Grouped(torch.autograd.Function):
                 else:
                     d_hidden.add_(group.product(d_low_down, group.own(a_down)).mul_(mask))
                 if d_a_down is not None:
-                    group.add_outer(d_a_down, (d_low_down * weight).to(value.dtype), seen)
+                    d_a_down.add(group, (d_low_down * weight).to(value.dtype), seen)
                 if d_b_down is not None:
                     low_down = group.product(seen, group.own(a_down).mT).mul_(ctx.scale)
-                    group.add_outer(d_b_down, weighted, low_down)
+                    d_b_down.add(group, weighted, low_down)
             by_weight = (value * d_hidden).sum(-1, dtype=d_weight.dtype)
             if down_bias is not None:
                 biases = torch.zeros_like(d_made)
@@ -172,11 +175,12 @@ class _Grouped(torch.autograd.Function):
             if d_low is not None and b_up is not None:
                 group.put(d_low, group.product(d_rows, group.own(b_up)))
             if d_b_up is not None:
-                group.add_outer(d_b_up, d_rows, low_Sr.index_select(0, group.paths))
+                d_b_up.add(group, d_rows, low_Sr.index_select(0, group.paths))
             for total, one in zip(d_shared, found, strict=True):
                 if total is not None and one is not None:
                     total += one
-        made[5], made[7] = laid_as(d_b_up, given_b_up), laid_as(d_b_down, given_b_down)
+        like = (given_b_up, None, given_b_down)
+        made += [None if one is None else laid_as(one.result(), other) for one, other in zip(pairs, like, strict=True)]
         return None, None, None, None if d_x is None else d_x.to(x_TD.dtype), d_weight, *made, None, *d_shared
 
 
@@ -201,7 +205,7 @@ def run_grouped(full: FullExperts, x_TD: Tensor, expert_TK: Tensor, weight_TK: T
     """
     with torch.autocast(device_type=x_TD.device.type, enabled=False):
         paths, x = Paths(expert_TK, len(full.up)), x_TD.to(full.up.dtype)
-        groups = paths.groups(x.dtype, block_rows(full.up.shape[1]), full.can_join(), are_cut=False)
+        groups = paths.groups(x.dtype, block_rows(full.up.shape[1], x.dtype), full.can_join(), are_cut=False)
         low_Sr = None
         if full.up_pair is not None:
             seen = F.dropout(x, full.dropout) if full.dropout else x

@@ -27,11 +27,23 @@ from torch import Tensor, nn
 from .expert_kernels import is_plain
 from .expert_maths import ExpertMaths
 from .shared_base import LowRank
+from .stack_layout import cast_stack
 
 SWITCH = "VLMOE_ROUTED_LORA"
 WRAPPER = ("peft.tuners.lora.layer", "ParamWrapper")
 # What is read of a wrapper; one that lacks any of it is of another make.
-READ = ("active_adapters", "base_layer", "disable_adapters", "get_delta_factors", "lora_A", "merged", "parameter_name")
+READ = (
+    "active_adapters",
+    "base_layer",
+    "disable_adapters",
+    "lora_A",
+    "lora_B",
+    "merged",
+    "num_experts",
+    "parameter_name",
+    "scaling",
+    "_did_swap_in_out_features",
+)
 
 _is_on: ContextVar[bool | None] = ContextVar("routed_lora", default=None)
 
@@ -103,12 +115,25 @@ def read_pairs(experts: Any, wrappers: list[Any]) -> dict[str, LowRank] | None:
             return None
         if not name:
             continue
-        b, a, scaling = wrapper.get_delta_factors(name)  # (E, rows, r), (E, r, columns)
-        weight = getattr(experts, wrapper.parameter_name)
-        if a.ndim != 3 or (*b.shape[:2], a.shape[2]) != tuple(weight.shape):
+        pair = _read_pair(wrapper, name, getattr(experts, wrapper.parameter_name))
+        if pair is None:
             return None
-        pairs[wrapper.parameter_name] = LowRank(a, b, scaling)
+        pairs[wrapper.parameter_name] = pair
     return pairs
+
+
+def _read_pair(wrapper: Any, name: str, weight: Tensor) -> LowRank | None:
+    """An adapter's pair as PEFT's `get_delta_factors` gives it (0.21), in the weight's dtype, but laid out while it is
+    cast; None where it is not of the weight's shape.
+    """
+    num_experts = wrapper.num_experts
+    a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight  # (E r, columns), (rows, r E)
+    is_ours = wrapper._did_swap_in_out_features and num_experts == len(weight)  # ours are (E, rows, columns)
+    if not is_ours or (len(b), a.shape[-1]) != tuple(weight.shape[1:]) or len(a) != b.shape[1] or len(a) % num_experts:
+        return None
+    stacks = a.unflatten(0, (num_experts, -1)), b.unflatten(1, (-1, num_experts)).movedim(-1, 0)
+    a, b = (cast_stack(one, weight.dtype) for one in stacks)
+    return LowRank(a, b, wrapper.scaling[name])
 
 
 def run_experts(experts: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ an expert it was sent to) adds its own product of low rank before its activation
 weighted sum over a token's paths is taken before one product with `W_down`. (DeRS, 2503.01359, has such experts; this
 order of computing them is ours.)
 
-Invariant: nothing of the size (paths, F) is kept, and nothing of the size of a weight is made per expert. Paths go
-through their activation a block at a time, forward, and again in backward from `W_up x`.
+Invariant: of what has the size (paths, F) no more than one block is kept, and nothing of the size of a weight is made
+per expert. Paths go through their activation a block at a time, forward, and again in backward from `W_up x`, unless
+one block was all.
 
 Shapes: T tokens, D model width, O output width, F expert width, R = 2F (gated) or F, E experts, K experts per token,
     S = T K paths, r rank.
@@ -31,14 +32,12 @@ from .expert_paths import (
     Paths,
     block_rows,
     can_join,
-    gather_product,
-    laid_as,
-    laid_out,
-    sum_product,
-    widened,
     without_autocast,
 )
+from .expert_sums import OuterSums, widened
 from .hollow_tensors import device_type
+from .path_products import gather_product, sum_product
+from .stack_layout import laid_as, laid_out
 
 # Up to E r of this, one product with all experts' low-rank weights costs less than one product for each of them. In
 # half precision on a CPU large products are faster, and small ones are not.
@@ -139,15 +138,18 @@ class _Activated(torch.autograd.Function):
         *shared: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.maths, ctx.autocast, ctx.groups, ctx.dropout = maths, autocast, groups, dropout
-        ctx.save_for_backward(base_TR, low_Sr, weight_S, b_up, a_down, bias_ER)
-        wide = widened(base_TR.dtype)
+        given, all_rows = (base_TR, low_Sr, weight_S, b_up, a_down, bias_ER), []
+        wide = widened(base_TR.dtype, len(weight_S) // max(1, len(base_TR)))
         sum_TF = base_TR.new_zeros(len(base_TR), maths.intermediate_size, dtype=wide)
         low_down = None if a_down is None else base_TR.new_zeros(len(weight_S), a_down.shape[1])
         generator = mask_generator(dropout, base_TR.device)
         b_up = laid_out(b_up)
         for group in groups:
             weight = group.weights(weight_S)
-            hidden = maths.activate_as(_before_activation(group, base_TR, low_Sr, b_up, bias_ER), autocast)
+            rows = _before_activation(group, base_TR, low_Sr, b_up, bias_ER)
+            hidden = maths.activate_as(rows, autocast)
+            if len(groups) == 1:
+                all_rows.append(rows)
             sum_TF.index_add_(0, group.tokens, (hidden * weight).to(wide))
             if a_down is not None and low_down is not None:
                 seen = hidden
@@ -155,25 +157,32 @@ class _Activated(torch.autograd.Function):
                     seen = hidden * kept(hidden.shape, dropout[0], generator, hidden)
                 made = group.product(seen, group.own(a_down).mT) * weight
                 group.put(low_down, made.to(low_down.dtype))
+        ctx.save_for_backward(*given, *all_rows)
         return sum_TF.to(base_TR.dtype), low_down
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     @without_autocast
     def backward(ctx: Any, d_sum: Tensor, d_low_down: Tensor | None) -> tuple:
-        base_TR, low_Sr, weight_S, b_up, a_down, bias_ER = ctx.saved_tensors
+        base_TR, low_Sr, weight_S, b_up, a_down, bias_ER, *all_rows = ctx.saved_tensors
         maths, dropout, generator = ctx.maths, ctx.dropout[0], mask_generator(ctx.dropout, d_sum.device)
-        wide = widened(base_TR.dtype)
+        wide = widened(base_TR.dtype, len(weight_S) // max(1, len(base_TR)))
         given_b, b_up = b_up, laid_out(b_up)
-        given = (base_TR, low_Sr, weight_S, b_up, a_down, bias_ER)
-        made = [_zeros(one) if is_wanted else None
-                for one, is_wanted in zip(given, ctx.needs_input_grad[4:10], strict=True)]  # fmt: skip
-        d_base, d_low, d_weight, d_b, d_a, d_bias = made
+        wanted = ctx.needs_input_grad[4:10]
+        d_base = base_TR.new_zeros(base_TR.shape, dtype=wide) if wanted[0] else None
+        d_low, d_weight, d_bias = (
+            torch.zeros_like(one, dtype=widened(one.dtype)) if one is not None and is_wanted else None
+            for one, is_wanted in ((low_Sr, wanted[1]), (weight_S, wanted[2]), (bias_ER, wanted[5]))
+        )
+        d_b, d_a = (
+            OuterSums(one, ctx.groups) if one is not None and is_wanted else None
+            for one, is_wanted in ((b_up, wanted[3]), (a_down, wanted[4]))
+        )
         shared = maths.shared_parameters()
         d_shared = [torch.zeros_like(one) if one.requires_grad else None for one in shared]
         for group in ctx.groups:
             weight = group.weights(weight_S)
-            rows = _before_activation(group, base_TR, low_Sr, b_up, bias_ER)
+            rows = all_rows[0] if all_rows else _before_activation(group, base_TR, low_Sr, b_up, bias_ER)
             replay = maths.replay(rows, ctx.autocast)
             value = replay.hidden.detach()
             d_hidden = d_sum.index_select(0, group.tokens)
@@ -187,7 +196,7 @@ class _Activated(torch.autograd.Function):
                 else:
                     group.add_product(d_hidden, d_made, own)
                 if d_a is not None:
-                    group.add_outer(d_a, (d_made * weight).to(value.dtype), value_seen)
+                    d_a.add(group, (d_made * weight).to(value.dtype), value_seen)
             if d_weight is not None:
                 group.put(d_weight, (value * d_hidden).sum(-1, dtype=d_weight.dtype))
             d_hidden.mul_(weight)
@@ -197,20 +206,26 @@ class _Activated(torch.autograd.Function):
             if d_low is not None:
                 group.put(d_low, group.product(d_rows, group.own(b_up)).to(d_low.dtype))
             if d_b is not None:
-                group.add_outer(d_b, d_rows, low_Sr.index_select(0, group.paths))
+                d_b.add(group, d_rows, low_Sr.index_select(0, group.paths))
             if d_bias is not None:
                 group.add_sum(d_bias, d_rows)
             for total, one in zip(d_shared, found, strict=True):
                 if total is not None and one is not None:
                     total += one
-        found = [None if total is None else total.to(one.dtype) for total, one in zip(made, given, strict=True)]
-        found[3] = laid_as(found[3], given_b)
+        found = (
+            _as(d_base, base_TR),
+            _as(d_low, low_Sr),
+            _as(d_weight, weight_S),
+            None if d_b is None else laid_as(d_b.result(), given_b),
+            None if d_a is None else d_a.result(),
+            _as(d_bias, bias_ER),
+        )
         return None, None, None, None, *found, *d_shared
 
 
-def _zeros(tensor: Tensor | None) -> Tensor | None:
-    """Where gradients of a tensor are summed up."""
-    return None if tensor is None else tensor.new_zeros(tensor.shape, dtype=widened(tensor.dtype))
+def _as(total: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """A sum in the dtype of what it is the gradient of."""
+    return None if total is None or like is None else total.to(like.dtype)
 
 
 def _before_activation(
@@ -290,7 +305,7 @@ def run_shared_base(base: SharedBase, x_TD: Tensor, expert_TK: Tensor, weight_TK
     base_TR = F.linear(x_TD, base.up)
     dtype, paths = base_TR.dtype, Paths(expert_TK, base.num_experts)
     masked = is_masked(base, device_type(x_TD))
-    groups = None if masked else paths.groups(dtype, block_rows(base_TR.shape[1]), base.can_join(dtype))
+    groups = None if masked else paths.groups(dtype, block_rows(base_TR.shape[1], dtype), base.can_join(dtype))
 
     def grouped(pair: LowRank) -> list[PathGroup] | None:
         return None if masked or pair.is_stacked(dtype) else groups

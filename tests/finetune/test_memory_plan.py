@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.measuring import peak_bytes
-from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, shared_base
+from modeling_vlmoe import VLMoEConfig, VLMoEForConditionalGeneration, expert_paths, shared_base
 from modeling_vlmoe.finetune import hollow_models, prepare_model
 from modeling_vlmoe.finetune.gpus import CPU, GPU, Device
 from modeling_vlmoe.finetune.memory_plan import ADAPTER, GRADIENTS, OPTIMIZER, PARTS, WEIGHTS, estimate
@@ -106,6 +106,7 @@ def test_a_plan_of_training_everything_is_what_it_takes(experts, dtype, argument
 
 def test_many_experts_without_adapters_take_what_the_hosts_kernel_keeps(arguments, batch, monkeypatch):
     monkeypatch.setitem(EXPERTS, "full", {"num_experts": 16, "num_experts_per_tok": 8})
+    monkeypatch.setattr(expert_paths, "BLOCK_BYTES", 2**20)  # as small beside this batch as it is beside real ones
     config, args = wide_config("full"), arguments(**LEAN, **ATTENTION)
     found = planned(config, args, batch)
     assert found == pytest.approx(measured(config, args, batch), rel=0.05)

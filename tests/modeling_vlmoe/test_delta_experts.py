@@ -56,7 +56,7 @@ def test_delta_experts_are_their_summed_weights(kind, rank, form):
 
 
 def test_blocks_of_rows_are_cut_anywhere(monkeypatch):
-    monkeypatch.setattr(expert_paths, "BLOCK_NUMBERS", 1)
+    monkeypatch.setattr(expert_paths, "BLOCK_BYTES", 1)
     monkeypatch.setattr(expert_paths, "BLOCK_ROWS", 3)
     experts = block(GatedMLP(bias=True), expert_type="delta", expert_rank=4).experts
     (out, found), (wanted_out, wanted) = both_ways(experts)
@@ -146,8 +146,8 @@ def test_half_precision_sums_gradients_of_pairs_in_float32(monkeypatch):
     x, (weight, expert) = torch.randn(4096, 16).bfloat16(), route(4096, 2, 1)
     errors = []
     for block_rows in (4096, 32):
-        monkeypatch.setattr(expert_paths, "block_rows", lambda width, rows=block_rows: rows)
-        monkeypatch.setattr(shared_base, "block_rows", lambda width, rows=block_rows: rows)
+        monkeypatch.setattr(expert_paths, "block_rows", lambda width, dtype, rows=block_rows: rows)
+        monkeypatch.setattr(shared_base, "block_rows", lambda width, dtype, rows=block_rows: rows)
         found = gradients(experts(x, expert, weight), [*experts.deltas.parameters()])
         exact = copy.deepcopy(experts).float()
         wanted = gradients(exact(x.float(), expert, weight), [*exact.deltas.parameters()])

@@ -52,7 +52,7 @@ def test_the_kernel_is_the_loop(kind, rank):
 @pytest.mark.parametrize("rank", [0, 3, 8], ids=["weights", "weights and pairs", "several experts at once"])
 def test_many_experts_in_half_precision(rank, monkeypatch):
     """Rows that are added for the kernels' sake are in no result and in no gradient."""
-    monkeypatch.setattr(expert_paths, "BLOCK_NUMBERS", 48 * 96)
+    monkeypatch.setattr(expert_paths, "BLOCK_BYTES", 48 * 96 * 2)
     experts = block(GatedMLP(bias=True), num_experts=40).experts
     pairs = pairs_of_rank(experts, rank)
     x = torch.randn(60, 16)
