@@ -200,11 +200,16 @@ def test_they_compile_whole():
         torch.testing.assert_close(compiled(x, expert, weight), made.experts(x, expert, weight), rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_of_the_paths_size_is_kept():
-    """What backward waits for does not grow with the experts per token by more than the ranks."""
+@pytest.mark.parametrize("rank", [3, 4], ids=["each expert apart", "several at once"])
+def test_nothing_of_the_paths_size_is_kept(rank, monkeypatch):
+    """What backward waits for does not grow with the experts per token by more than the ranks, where they are more
+    than a block.
+    """
+    monkeypatch.setattr(expert_paths, "BLOCK_BYTES", 32 * 512 * 4)
     sizes = {}
     for num_picked in (1, 4):
-        experts = block(GatedMLP(16, 256), expert_type="delta", num_experts_per_tok=num_picked).experts
+        moe = {"expert_type": "delta", "expert_rank": rank, "num_experts_per_tok": num_picked}
+        experts = block(GatedMLP(16, 256), **moe).experts
         x, (weight, expert) = torch.randn(64, 16, requires_grad=True), route(64, 5, num_picked)
         weights = {value.untyped_storage().data_ptr() for value in experts.parameters()}
         stored = {}
