@@ -189,11 +189,17 @@ class RunMemory:
         return f"{head}\n{needed}{beside}:\n{table(plan)}\nWith less memory:\n{ways or NOTHING_LOWER}"
 
 
-def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those it came of."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those it came of, once each: they may name each other."""
+    seen: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is None or any(one is other for other in seen):
+            continue
+        seen.append(one)
+        yield one
+        waiting += [one.__cause__, one.__context__]
 
 
 @contextmanager

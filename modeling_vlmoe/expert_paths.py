@@ -153,7 +153,9 @@ class Paths:
         is_rounded = device_type(self.expert_TK) == "cpu" and dtype in HALF
         order = torch.sort(self.expert_TK.reshape(-1), stable=True).indices
         counts = count_paths(self.expert_TK, self.num_experts)
+        num_stand_ins = 1
         if is_hollow(self.expert_TK) and are_cut:  # of groups that are cut the largest stands for all
+            num_stand_ins = self._num_stand_ins(max(counts, default=0), most_rows, are_joined)
             counts = [min(self.expert_TK.numel() if are_joined else len(self.expert_TK), most_rows)]
         made: list[list[_Piece]] = []
         room = first = 0
@@ -167,7 +169,15 @@ class Paths:
                 made[-1].append(_Piece(expert, first, min(count, num_rows), num_rows))
                 first, count = first + made[-1][-1].num_paths, count - made[-1][-1].num_paths
                 room = max(room - num_rows, 0)
-        return [self._group(order, pieces) for pieces in made]
+        return [self._group(order, pieces) for pieces in made] * num_stand_ins
+
+    def _num_stand_ins(self, most_of_one: int, most_rows: int, are_joined: bool) -> int:
+        """How many groups stand for all: as many, up to three, as one expert or all of them come to, since sums and
+        what is kept for backward depend on that.
+        """
+        if (are_joined or self.num_experts == 1) and self.expert_TK.numel() <= most_rows:
+            return 1
+        return 2 if most_of_one <= most_rows else 3
 
     def _group(self, order: Tensor, pieces: list["_Piece"]) -> PathGroup:
         """The paths in this order that the pieces take, which follow one another."""

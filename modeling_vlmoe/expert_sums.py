@@ -4,6 +4,7 @@ Shapes: T tokens, E experts, D, O, I widths.
 """
 
 from collections import Counter
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,12 @@ ROUNDED_ONCE = 2
 
 
 def widened(dtype: torch.dtype, num_terms: int = ROUNDED_ONCE + 1) -> torch.dtype:
-    """What sums of so many numbers of a dtype are held in: float32 for half precision, if they are more than two."""
+    """What sums of so many numbers of a dtype are held in: float32 for half precision, if they are more than two.
+
+    Args:
+        dtype: of the numbers that are added, before they are rounded to anything.
+        num_terms: how many.
+    """
     return dtype if num_terms <= ROUNDED_ONCE else torch.promote_types(dtype, torch.float32)
 
 
@@ -44,6 +50,9 @@ class OuterSums:
         self._last = group.experts[-1]
         if group.ends is not None:
             made = F.grouped_mm(left.T, right, offs=group.ends)
+            for expert, (start, end) in enumerate(pairwise((0, *group.bounds))):
+                if start == end:  # of no rows a GPU's kernel may make anything (torch 2.9 to 2.13)
+                    made[expert] = 0
             if is_begun:
                 made[0] += own[0]
             own.copy_(made)

@@ -85,7 +85,7 @@ class _Grouped(torch.autograd.Function):
         scale: float,
         *shared: Tensor,
     ) -> Tensor:
-        wide = widened(x_TD.dtype, len(weight_S) // max(1, len(x_TD)))
+        wide = widened(torch.promote_types(x_TD.dtype, weight_S.dtype), len(weight_S) // max(1, len(x_TD)))
         out_TO = x_TD.new_zeros(len(x_TD), down.shape[1], dtype=wide)
         generator = mask_generator(dropout, x_TD.device)
         kept_rows = []

@@ -36,6 +36,7 @@ READ = (
     "active_adapters",
     "base_layer",
     "disable_adapters",
+    "get_delta_factors",
     "lora_A",
     "lora_B",
     "merged",

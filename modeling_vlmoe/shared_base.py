@@ -139,7 +139,7 @@ class _Activated(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.maths, ctx.autocast, ctx.groups, ctx.dropout = maths, autocast, groups, dropout
         given, all_rows = (base_TR, low_Sr, weight_S, b_up, a_down, bias_ER), []
-        wide = widened(base_TR.dtype, len(weight_S) // max(1, len(base_TR)))
+        wide = widened(torch.promote_types(base_TR.dtype, weight_S.dtype), len(weight_S) // max(1, len(base_TR)))
         sum_TF = base_TR.new_zeros(len(base_TR), maths.intermediate_size, dtype=wide)
         low_down = None if a_down is None else base_TR.new_zeros(len(weight_S), a_down.shape[1])
         generator = mask_generator(dropout, base_TR.device)

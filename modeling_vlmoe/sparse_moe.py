@@ -311,7 +311,7 @@ class SparseMoE(nn.Module):
         if self.multiplier is not None:
             out_TO = out_TO * self.multiplier
         out_TO = self.output_dropout(out_TO)
-        out = out_TO.reshape(*hidden_states.shape[:-1], -1)
+        out = out_TO.reshape(*hidden_states.shape[:-1], out_TO.shape[-1])
         if self.shared_expert is not None:
             out = out + torch.sigmoid(self.shared_expert_gate(hidden_states)) * self.shared_expert(hidden_states)
         return out, logits_TE, losses

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .hollow_tensors import device_type
+
 Given = TypeVar("Given", Tensor, Tensor | None)
 
 # A CPU lays out a stack in slices of about so many numbers, which its cache holds.
@@ -18,10 +20,12 @@ FEW_EXPERTS = 16  # up to here permuting a stack of matrices into another layout
 
 def _written(stack: Tensor, dtype: torch.dtype) -> Tensor:
     """A stack, (E, O, I), in a dtype, its matrices one after the other in memory."""
+    if stack.is_contiguous():
+        return stack.to(dtype)
     num_rows = max(1, SLICE_NUMBERS // (len(stack) * stack.shape[2]))
-    if stack.device.type != "cpu" or stack.is_contiguous() or num_rows >= stack.shape[1]:
-        return stack.to(dtype).contiguous()
     out = torch.empty(stack.shape, dtype=dtype, device=stack.device)
+    if device_type(stack) != "cpu" or num_rows >= stack.shape[1]:
+        return out.copy_(stack)
     for into, some in zip(out.split(num_rows, 1), stack.split(num_rows, 1), strict=True):
         into.copy_(some.to(dtype))
     return out
@@ -34,37 +38,44 @@ def laid_out(stack: Given) -> Given:
     return None if stack is None else _written(stack, stack.dtype)
 
 
-def laid_as(stack: Given, other: Given) -> Given:
-    """A stack of matrices that lie one after the other, laid out in memory as another, and of its dtype."""
-    if stack is None or other is None:
-        return stack
-    if other.is_contiguous() or not other.movedim(0, -1).is_contiguous():
-        return stack.to(other.dtype)
+def is_experts_last(stack: Tensor) -> bool:
+    """Whether a stack, (E, O, I), lies in memory as (O, I, E)."""
+    return not stack.is_contiguous() and stack.movedim(0, -1).is_contiguous()
+
+
+def _laid(stack: Tensor, dtype: torch.dtype, are_experts_last: bool) -> Tensor:
+    """A stack whose matrices lie one after the other, in a dtype, and laid out as said."""
+    if not are_experts_last:
+        return stack.to(dtype)
     if len(stack) <= FEW_EXPERTS:
-        return stack.permute(1, 2, 0).to(other.dtype).contiguous().movedim(-1, 0)
+        return stack.permute(1, 2, 0).to(dtype).contiguous().movedim(-1, 0)
     flat = stack.flatten(1).t()
-    if stack.dtype == other.dtype or stack.device.type != "cpu":
-        laid = flat.contiguous().to(other.dtype)
+    if stack.dtype == dtype:
+        laid = flat.contiguous()
     else:
-        laid = torch.empty(flat.shape, dtype=other.dtype, device=stack.device)
-        num_rows = max(1, SLICE_NUMBERS // len(stack))
+        laid = torch.empty(flat.shape, dtype=dtype, device=stack.device)
+        num_rows = max(1, SLICE_NUMBERS // len(stack)) if device_type(stack) == "cpu" else len(flat)
         for into, some in zip(laid.split(num_rows), flat.split(num_rows), strict=True):
             into.copy_(some.contiguous())
     return laid.view(*stack.shape[1:], -1).movedim(-1, 0)
 
 
+def laid_as(stack: Given, other: Given) -> Given:
+    """A stack whose matrices lie one after the other, laid out in memory as another, and of its dtype."""
+    return stack if stack is None or other is None else _laid(stack, other.dtype, is_experts_last(other))
+
+
 class _Cast(torch.autograd.Function):
-    """A stack in another dtype, its matrices one after the other."""
+    """A stack in another dtype, its matrices one after the other; its gradient lies as the stack did."""
 
     @staticmethod
     def forward(ctx: Any, stack: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(stack)
+        ctx.given = stack.dtype, is_experts_last(stack)
         return _written(stack, dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (stack,) = ctx.saved_tensors
-        return laid_as(gradient.contiguous(), stack), None
+        return _laid(gradient.contiguous(), *ctx.given), None
 
 
 def cast_stack(stack: Tensor, dtype: torch.dtype) -> Tensor:

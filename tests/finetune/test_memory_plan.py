@@ -104,6 +104,16 @@ def test_a_plan_of_training_everything_is_what_it_takes(experts, dtype, argument
     assert planned(config, args, batch) == pytest.approx(measured(config, args, batch, everything), rel=0.15)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [8, 64, 4096], ids=["many blocks", "some blocks", "one block"])
+def test_what_delta_experts_keep_is_planned(rows, dtype, arguments, batch, monkeypatch):
+    """Of one block what goes into the activation is kept, of several it is not."""
+    config, args = wide_config("delta", dtype), arguments()
+    for module in (expert_paths, shared_base):
+        monkeypatch.setattr(module, "block_rows", lambda width, dtype: rows)
+    assert planned(config, args, batch) == pytest.approx(measured(config, args, batch), rel=0.1)
+
+
 def test_many_experts_without_adapters_take_what_the_hosts_kernel_keeps(arguments, batch, monkeypatch):
     monkeypatch.setitem(EXPERTS, "full", {"num_experts": 16, "num_experts_per_tok": 8})
     monkeypatch.setattr(expert_paths, "BLOCK_BYTES", 2**20)  # as small beside this batch as it is beside real ones

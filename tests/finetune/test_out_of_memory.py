@@ -154,6 +154,14 @@ def test_what_took_the_memory_is_said_with_three_remedies(dense_base, processor,
     assert all(way.rstrip(")").split(": ")[1].split()[1].startswith("MB") for way in ways), ways
 
 
+def test_errors_that_name_each_other_are_accounted_for(dense_base, processor, arguments):
+    memory = RunMemory(VLMoEConfig.from_pretrained(dense_base), processor, [question([], "red")] * 2, arguments())
+    first, second = MemoryError(), RuntimeError("while cleaning up")
+    first.__cause__, second.__context__ = second, first
+    with pytest.raises(ValueError, match="Memory ran out: MemoryError"), explained(memory):
+        raise first
+
+
 # The process gets a limit where training begins: threads have their stacks by then, and a tensor is what is refused.
 LIMITED = """
 import resource, sys

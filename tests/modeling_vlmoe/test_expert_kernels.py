@@ -157,3 +157,27 @@ def test_raises_when_no_kernel_has_the_name():
     experts.config._experts_implementation_internal = "fast"
     with pytest.raises(KeyError, match="fast"):
         experts(torch.zeros(2, 16), *reversed(route(2, 5, 2)))
+
+
+@pytest.mark.parametrize("num_picked", [1, 2, 3])
+def test_half_precision_sums_of_weighted_results_are_rounded_once(num_picked):
+    """The router's weights are float32: so is what is summed, and no term overflows on its own."""
+    torch.manual_seed(0)
+    experts = block(GatedMLP(), num_experts=4).experts.half()
+    with torch.no_grad():
+        experts.down_proj.mul_(2e4)
+    x, (weight, expert) = torch.randn(40, 16).half(), route(40, 4, num_picked)
+    terms = [
+        run_grouped(full_experts(experts), x, expert[:, pick : pick + 1], torch.ones(40, 1)).float()
+        * weight[:, pick : pick + 1]
+        for pick in range(num_picked)
+    ]
+    out = run_grouped(full_experts(experts), x, expert, weight)
+    assert torch.equal(out, sum(terms).half())
+
+
+@pytest.mark.parametrize("expert_type", ["full", "delta"])
+@pytest.mark.parametrize("shape", [(0, 16), (1, 0, 16)])
+def test_a_block_gives_nothing_of_no_tokens(expert_type, shape):
+    delta = {"expert_type": "delta", "expert_rank": 4} if expert_type == "delta" else {}
+    assert block(GatedMLP(), **delta)(torch.zeros(shape)).shape == shape

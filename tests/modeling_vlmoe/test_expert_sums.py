@@ -68,6 +68,16 @@ def test_a_layout_there_and_back(num_experts):
     assert torch.equal(back, stack)
 
 
+def test_a_cast_keeps_nothing_of_the_stack():
+    """So that what was cast may be trained between a forward and its backward, as by PEFT's own path."""
+    stored = torch.randn(4, 3, 2, requires_grad=True)
+    made = cast_stack(stored.movedim(-1, 0), torch.bfloat16)
+    with torch.no_grad():
+        stored.mul_(2)
+    made.sum().backward()
+    assert torch.equal(stored.grad, torch.ones(4, 3, 2))
+
+
 def test_a_stack_of_the_dtype_asked_for_is_itself():
     stack = torch.randn(2, 3, 4)
     assert cast_stack(stack, torch.float32) is stack
