@@ -27,7 +27,8 @@ from modeling_vlmoe import MoEConfig
 from modeling_vlmoe.sparse_moe import SparseMoE
 
 # Experts and experts per token, and their width.
-SETTINGS = {"8x2": (8, 2, 2816), "64x8": (64, 8, 704)}
+SETTINGS = {"8x2": (8, 2, 2816), "64x8": (64, 8, 704), "64x8 wide": (64, 8, 2816)}
+USUAL = ["8x2", "64x8"]
 WIDTH, RANK = 1024, 16
 TOKENS = (1, 64, 1024)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -68,7 +69,7 @@ class Routing:
         return self.choice
 
 
-def build(kind: str, setting: str, dtype: torch.dtype) -> nn.Module:
+def build(kind: str, setting: str, dtype: torch.dtype, rank: int = RANK) -> nn.Module:
     """One layer's MLP or experts, with gradients in place."""
     num_experts, num_picked, middle = SETTINGS[setting]
     torch.manual_seed(0)
@@ -79,7 +80,7 @@ def build(kind: str, setting: str, dtype: torch.dtype) -> nn.Module:
     if kind in ("dense", "active"):
         made: Any = mlp(middle * (num_picked if kind == "active" else 1))
     else:
-        delta: dict[str, Any] = {"expert_type": "delta", "expert_rank": RANK} if kind == "delta" else {}
+        delta: dict[str, Any] = {"expert_type": "delta", "expert_rank": rank} if kind == "delta" else {}
         moe = MoEConfig(num_experts=num_experts, num_experts_per_tok=num_picked, **delta)
         config = LlamaConfig(hidden_size=WIDTH)
         config._experts_implementation_internal = "eager" if kind == "delta" else kind
@@ -104,11 +105,11 @@ def run(module: nn.Module, x: Tensor, route: Callable[[], tuple], backward: bool
     return work
 
 
-def measure(setting: str, dtype_name: str, num_tokens: int, kinds: list[str], runs: int) -> None:
+def measure(setting: str, dtype_name: str, num_tokens: int, kinds: list[str], runs: int, rank: int) -> None:
     """Prints the rows of one cell."""
     num_experts, num_picked, _ = SETTINGS[setting]
     dtype = DTYPES[dtype_name]
-    modules = {kind: build(kind, setting, dtype) for kind in kinds}
+    modules = {kind: build(kind, setting, dtype, rank) for kind in kinds}
     routings = {kind: Routing(num_tokens, num_experts, num_picked) for kind in kinds}
     x = torch.randn(num_tokens, WIDTH).to(dtype).requires_grad_()
     works = {kind: run(one, x, routings[kind].again) for kind, one in modules.items()}
@@ -137,11 +138,12 @@ def count_work(kind: str, num_experts: int, num_picked: int, num_tokens: int = 6
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", default=USUAL, choices=list(SETTINGS))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--kinds", nargs="+", default=["active", *KERNELS, "delta"])
     parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--rank", type=int, default=RANK, help="of delta experts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", action="store_true", help="count operations of delta experts, 2 to 64 of them")
     args = parser.parse_args()
@@ -156,7 +158,7 @@ def main() -> None:
     for setting in args.settings:
         for dtype_name in args.dtypes:
             for num_tokens in args.tokens:
-                measure(setting, dtype_name, num_tokens, ["dense", *args.kinds], args.runs)
+                measure(setting, dtype_name, num_tokens, ["dense", *args.kinds], args.runs, args.rank)
 
 
 if __name__ == "__main__":
